@@ -1,0 +1,15 @@
+"""Sensitivity-aware post-training quantization on Triton."""
+
+import os as _os
+
+# in a source checkout the folder `kernels` lies beside this one; installed, it lies inside
+_here = _os.path.dirname(_os.path.abspath(__file__))
+if not _os.path.isdir(_os.path.join(_here, "kernels")) and _os.path.isfile(
+    _os.path.join(_os.path.dirname(_here), "pyproject.toml")
+):
+    __path__.append(_os.path.dirname(_here))
+
+from .solver import SolveReport, SolveResult, dequantize, layer_error, solve
+from .spec import QuantSpec
+
+__all__ = ["QuantSpec", "SolveReport", "SolveResult", "dequantize", "layer_error", "solve"]

@@ -1,0 +1,90 @@
+"""Hessians of layers: accumulation over calibration batches, damping, and the two factorizations.
+
+H = 2/n X^T X over the n input rows of a layer (Frantar & Alistarh 2022, arXiv 2208.11580).
+"""
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .ops import Backend
+from .window import Window
+
+
+class HessianSum:
+    """A running, unnormalized X^T X per group, divided once at the end.
+
+    Sums of several accumulators over parts of the data may simply be added.
+    """
+
+    def __init__(
+        self,
+        groups: int,
+        columns: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"a Hessian is summed in float32 or float64, got {dtype}")
+        self.total = torch.zeros(groups, columns, columns, dtype=dtype, device=device)
+        self.rows = 0
+
+    def add(self, inputs: Tensor, window: Window | None = None, backend: Backend = "auto") -> None:
+        """inputs: [N, C] rows, or with a window an image batch [N, channels, *space], padded."""
+        self.rows += ops.accumulate_hessian(self.total, inputs, window, backend)
+
+    def hessian(self) -> Tensor:
+        """2/n X^T X, [groups, C, C]; all zero where no row was seen."""
+        full = self.total.tril() + self.total.tril(-1).mT
+        return full.mul_(2 / max(self.rows, 1))
+
+
+def revive(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Give columns that never fired (H_cc = 0) the mean diagonal of the others.
+
+    hessian [B, C, C]  ->  a copy, and the number of such columns int64 [B]. A revived column is
+    coupled to no other, so that its weights are rounded to nearest.
+    """
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    dead = diagonal == 0
+    count = dead.sum(1)
+    alive = (dead.shape[1] - count).clamp(min=1)
+    mean = torch.where(count < dead.shape[1], diagonal.sum(1) / alive, 1.0)
+    revived = hessian.clone()
+    revived.diagonal(dim1=1, dim2=2).copy_(torch.where(dead, mean[:, None], diagonal))
+    return revived, count
+
+
+def damped(hessian: Tensor, damp: float) -> Tensor:
+    """H + damp mean(diag H) I; [B, C, C], a copy"""
+    out = hessian.clone()
+    diagonal = out.diagonal(dim1=1, dim2=2)
+    diagonal += damp * diagonal.mean(1, keepdim=True)
+    return out
+
+
+def permuted(hessian: Tensor, columns: Tensor) -> Tensor:
+    """H[columns, columns] per problem: [B, C, C], int64 [B, C]  ->  [B, C, C]"""
+    rows = hessian.gather(1, columns[:, :, None].expand_as(hessian))
+    return rows.gather(2, columns[:, None, :].expand_as(hessian))
+
+
+def feedback_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """M of H = M D M^T, unit upper triangular: [B, C, C]  ->  [B, C, C], solved bool [B]
+
+    One factorization: with rows and columns reversed, the lower Cholesky factor of H is M sqrt(D)
+    read backwards.
+    """
+    lower, info = torch.linalg.cholesky_ex(hessian.flip((1, 2)))
+    lower /= lower.diagonal(dim1=1, dim2=2)[:, None, :].clone()
+    return lower.flip((1, 2)), info == 0
+
+
+def inverse(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """H^-1, exactly symmetric: [B, C, C]  ->  [B, C, C], solved bool [B]"""
+    lower, info = torch.linalg.cholesky_ex(hessian)
+    solved = info == 0
+    identity = torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device)
+    lower = torch.where(solved[:, None, None], lower, identity)
+    out = torch.cholesky_inverse(lower)
+    return out.tril() + out.tril(-1).mT, solved

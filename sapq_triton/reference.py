@@ -1,0 +1,222 @@
+"""The mathematics in plain PyTorch: ground truth of the tests, and the path on a CPU.
+
+Shapes: B problems of one shape (groups of a convolution, experts), R rows (out features), C columns
+(in features), G groups of columns, T columns of a tile, F columns still unquantized. Floating point
+arguments may be float32 or float64; nothing here checks its arguments (`ops` does).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .window import Window
+
+SUB_TILE = 32  # columns of `solve_tile` between two matrix products
+PATCH_ELEMENTS = 2**24  # unfolded inputs of a convolution held at a time
+
+
+def to_code(w: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Tensor:
+    """clamp(round(w / scale) + zero_point, 0, qmax), ties to even; as floating point."""
+    return (w / scale).round_().add_(zero_point).clamp_(0, qmax)
+
+
+def to_value(code: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return (code - zero_point) * scale
+
+
+def per_column(grid: Tensor, group: Tensor) -> Tensor:
+    """grid [B, R, G], group int64 [B, F]  ->  [B, R, F], or [B, R, 1] where G is 1"""
+    if grid.shape[2] == 1:
+        return grid
+    return grid.gather(2, group[:, None, :].expand(-1, grid.shape[1], -1))
+
+
+def quantize_groups(
+    weight: Tensor, group_size: int, qmax: int, symmetric: bool, shrink: tuple[float, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round each group to its own grid; the range is shrunk to the fraction of least squared error.
+
+        symmetric:   scale = max|w| / (qmax / 2)           zero_point = (qmax + 1) / 2
+        asymmetric:  low, high = min(w, 0), max(w, 0)
+                     scale = (high - low) / qmax           zero_point = round(-low / scale)
+
+    weight [B, R, C]  ->  codes uint8 [B, R, C], scale, zero_point [B, R, C / group_size].
+    A group whose scale is zero (all weights zero) gets scale 1.
+    """
+    B, R, C = weight.shape
+    G = C // group_size
+    rows = weight.reshape(B * R * G, group_size)
+    codes = torch.empty(rows.shape, dtype=torch.uint8, device=weight.device)
+    scale = rows.new_empty(len(rows), 1)
+    zero_point = torch.empty_like(scale)
+    step = max(1, 2**18 // group_size)  # a chunk of rows that stays in cache during the search
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        scale[part], zero_point[part] = _search_grid(rows[part], qmax, symmetric, shrink)
+        codes[part] = to_code(rows[part], scale[part], zero_point[part], qmax)
+    return codes.view(B, R, C), scale.view(B, R, G), zero_point.view(B, R, G)
+
+
+def _search_grid(
+    w: Tensor, qmax: int, symmetric: bool, shrink: tuple[float, ...]
+) -> tuple[Tensor, Tensor]:
+    """w [N, group_size]  ->  scale, zero_point [N, 1]"""
+    if symmetric:
+        full = w.abs().amax(1, keepdim=True) / (qmax / 2)
+        full = torch.where(full == 0, 1.0, full)
+        zero_point = torch.full_like(full, (qmax + 1) // 2)
+    else:
+        low = w.amin(1, keepdim=True).clamp_(max=0)
+        full = (w.amax(1, keepdim=True).clamp_(min=0) - low) / qmax
+        full = torch.where(full == 0, 1.0, full)
+        zero_point = (-low / full).round_()
+    if len(shrink) == 1:
+        return full * shrink[0], zero_point
+    best = torch.full_like(full, torch.inf)
+    scale = full
+    for fraction in torch.tensor(shrink, dtype=w.dtype, device=w.device).unbind():
+        trial = full * fraction
+        value = to_code(w, trial, zero_point, qmax).sub_(zero_point).mul_(trial)
+        error = value.sub_(w).square_().sum(1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale = torch.where(better, trial, scale)
+    return scale, zero_point
+
+
+def column_sensitivity(
+    weight: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, diagonal: Tensor, qmax: int
+) -> Tensor:
+    """S_c = sum_r (w_rc - Q(w_rc))**2 / A_cc: what rounding column c now would cost.
+
+    weight [B, R, F], scale, zero_point [B, R, G], group int64 [B, F] (the group of each column),
+    diagonal [B, F] of the inverse Hessian A  ->  [B, F]
+    """
+    s, z = per_column(scale, group), per_column(zero_point, group)
+    error = to_code(weight, s, z, qmax).sub_(z).mul_(s).sub_(weight)
+    return error.square_().sum(1).div_(diagonal)
+
+
+def solve_tile(
+    weight: Tensor,
+    running: Tensor,
+    feedback: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor,
+    qmax: int,
+) -> tuple[Tensor, Tensor]:
+    """Quantize the columns of a tile one after another, all rows in parallel.
+
+        w'_k    = running_k + sum_{j < k} error_j * feedback_jk
+        code_k  = clamp(round(w'_k / scale) + zero_point, 0, qmax)
+        error_k = weight_k - (code_k - zero_point) * scale
+
+    weight, running [B, R, T], feedback [B, T, T] unit upper triangular (only the part above the
+    diagonal is read), scale, zero_point [B, R, G], group int64 [B, T]
+    ->  codes uint8 [B, R, T], error [B, R, T]
+
+    With H = M D M^T, M unit upper triangular, feedback M, and running = weight this is the
+    error-feedback form of GPTQ (LDLQ; Chee et al. 2023, arXiv 2307.13304, theorem 6).
+    """
+    T = weight.shape[2]
+    # column-major work space: one column of all rows is contiguous
+    original = weight.mT
+    work = running.mT.clone(memory_format=torch.contiguous_format)
+    s, z = per_column(scale, group).mT.contiguous(), per_column(zero_point, group).mT.contiguous()
+    last = s.shape[1] - 1  # one grid row serves all columns where G is 1
+    codes = torch.empty(work.shape, dtype=torch.uint8, device=weight.device)
+    error = torch.empty_like(work)
+    for start in range(0, T, SUB_TILE):
+        end = min(start + SUB_TILE, T)
+        for k in range(start, end):
+            s_k, z_k = s[:, min(k, last)], z[:, min(k, last)]
+            code = to_code(work[:, k], s_k, z_k, qmax)  # [B, R]
+            codes[:, k] = code
+            torch.sub(original[:, k], code.sub_(z_k).mul_(s_k), out=error[:, k])
+            if k + 1 < end:
+                step = feedback[:, k, k + 1 : end, None] * error[:, None, k]
+                work[:, k + 1 : end] += step
+        if end < T:
+            work[:, end:].baddbmm_(feedback[:, start:end, end:].mT, error[:, start:end])
+    return codes.mT, error.mT
+
+
+def compensate(weight: Tensor, error: Tensor, rows: Tensor) -> None:
+    """W_F -= E V, in place: the remaining weights take up the error of a tile.
+
+    weight [B, R, F], error [B, R, T] normalized (E = (W_T - Q_T) U_TT^-1), rows V [B, T, F]
+    """
+    weight.baddbmm_(error, rows, alpha=-1)
+
+
+def downdate(inverse: Tensor, rows: Tensor) -> None:
+    """A_FF -= V^T V, in place: the inverse Hessian of the remaining columns after a tile.
+
+    inverse [B, F, F] symmetric, rows V = U_TT^-T A_TF [B, T, F]
+    """
+    inverse.baddbmm_(rows.mT, rows, alpha=-1)
+
+
+def accumulate_hessian(total: Tensor, inputs: Tensor, window: Window) -> None:
+    """total += X^T X, in place; only the lower triangle is defined.
+
+    total [G, C, C], inputs [N, channels, D, H, W]; the rows of X are the patches of `window`.
+    """
+    columns = total.shape[1]
+    per_image = math.prod(window.positions(inputs.shape[2:])) * columns * window.groups
+    for images in inputs.split(max(1, PATCH_ELEMENTS // per_image)):
+        x = window.patches(images).to(total.dtype)
+        total.baddbmm_(x.mT, x)
+
+
+def solve_rows(
+    weight: Tensor,
+    inverse: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor,
+    qmax: int,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`steps` greedy steps of exact OBQ, each row with an order and an inverse of its own.
+
+        err_c = (w_c - Q(w_c))**2
+        j     = argmax err_c  if some err_c > scale_c**2 / 4 (off the grid), else argmin err_c / A_cc
+        v     = A_j / sqrt(A_jj)
+        w    -= (w_j - Q(w_j)) / sqrt(A_jj) * v,    A -= v v^T
+
+    (Frantar & Alistarh 2022, arXiv 2208.11580, algorithm 3 and its outlier rule). The downdates of
+    A are not written: A_j = inverse_j - sum_m v_m[j] v_m over the steps of this call, and the
+    diagonal is kept.
+
+    weight [N, F] (in place), inverse [N, F, F] of each row, scale, zero_point [N, G],
+    group int64 [N, F]  ->  picked int64 [N, steps], codes uint8 [N, steps], rows v [N, steps, F]
+    """
+    N, F = weight.shape
+    s, z = (t.expand(N, F) if t.shape[1] == 1 else t.gather(1, group) for t in (scale, zero_point))
+    limit = s.square() / 4
+    diagonal = inverse.diagonal(dim1=1, dim2=2).clone()
+    rows = weight.new_zeros(N, steps, F)
+    picked = torch.empty(N, steps, dtype=torch.int64, device=weight.device)
+    codes = torch.empty(N, steps, dtype=torch.uint8, device=weight.device)
+    each = torch.arange(N, device=weight.device)
+    done = torch.zeros(N, F, dtype=torch.bool, device=weight.device)
+    for step in range(steps):
+        code = to_code(weight, s, z, qmax)
+        error = (weight - to_value(code, s, z)).square_().masked_fill_(done, -1)
+        outlier = (error > limit).any(1)
+        score = (error / diagonal).masked_fill_(done, torch.inf)
+        j = torch.where(outlier, error.argmax(1), score.argmin(1))
+        v = inverse[each, j] - torch.einsum("nm,nmf->nf", rows[each, :step, j], rows[:, :step])
+        v.masked_fill_(done, 0)
+        root = diagonal[each, j].sqrt()
+        v /= root[:, None]
+        picked[:, step], codes[:, step] = j, code[each, j]
+        delta = (weight[each, j] - to_value(code[each, j], s[each, j], z[each, j])) / root
+        weight -= delta[:, None] * v
+        diagonal -= v.square()
+        rows[:, step] = v
+        done[each, j] = True
+    return picked, codes, rows

@@ -1,0 +1,388 @@
+"""The solver: a weight and a Hessian in, codes on a grid out. Tensors only.
+
+    A = H^-1                                           shared by all rows
+    while columns F remain:
+        S_c  = sum_r (w_rc - Q(w_rc))^2 / A_cc         sensitivity of column c, on current weights
+        T    = the `block` most sensitive columns, in descending order
+        Q_T  = error-feedback loop inside the tile, rows in parallel
+        W_F -= (W_T - Q_T) A_TT^-1 A_TF
+        A_FF -= A_FT A_TT^-1 A_TF
+
+Both updates are exact for any choice of Q_T (Hassibi & Stork 1993; Frantar & Alistarh 2022,
+arXiv 2208.11580). Orders that are known in advance need no inverse: one Cholesky factorization of
+the reversed Hessian gives the feedback matrix of the same loop (LDLQ, arXiv 2307.13304).
+"""
+
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .hessian import damped, feedback_factor, inverse, permuted, revive
+from .obq import solve_obq
+from .ops import Backend
+from .order import static_order
+from .spec import Order, QuantSpec
+from .tile import bring_forward, to_front
+
+# factors that the damping takes, one after another, while the Hessian is not positive definite
+DAMP_LADDER = (1.0, 10.0, 100.0, 1000.0, 10000.0)
+SMALLEST_RETRY = 1e-4  # a retry starts from here where `damp` is smaller
+
+
+@dataclass(frozen=True)
+class SolveReport:
+    """What happened. Tensors have the batch shape of the weight: [] or [B].
+
+    error: tr((W - Q) H (W - Q)^T), float64; relative_error: the same over tr(W H W^T).
+    damp: the damping that was used, as a fraction of the mean diagonal.
+    dead_columns: number of columns with H_cc = 0, which were rounded to nearest.
+    fallback: True where no damping made the problem solvable: rounded to nearest.
+    """
+
+    error: Tensor
+    relative_error: Tensor
+    damp: Tensor
+    dead_columns: Tensor
+    fallback: Tensor
+    order: Order
+    block: int
+
+
+@dataclass(frozen=True)
+class SolveResult:
+    """codes uint8 [..., R, C]; scale and zero_point float32 [..., R, G] in original column order.
+
+    columns: int64 [..., C], the order in which the columns were quantized; None for "obq", where
+    each row has its own.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    columns: Tensor | None
+    spec: QuantSpec
+    report: SolveReport
+
+    def dequantize(self) -> Tensor:
+        """(codes - zero_point) * scale, float32 [..., R, C]"""
+        return dequantize(self.codes, self.scale, self.zero_point)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """codes [..., R, C], scale, zero_point [..., R, G]  ->  (codes - zero_point) * scale, float32"""
+    grouped = codes.float().unflatten(-1, (scale.shape[-1], -1))  # [..., R, G, C / G]
+    return ((grouped - zero_point[..., None]) * scale[..., None]).flatten(-2)
+
+
+def layer_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
+    """tr((W - Q) H (W - Q)^T), float64: [..., R, C] twice, [..., C, C]  ->  [...]"""
+    error = (weight.float() - quantized.float()).to(hessian.dtype)
+    return ((error @ hessian).double() * error).sum((-2, -1))
+
+
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    spec: QuantSpec,
+    *,
+    order: Order = "sensitivity",
+    block: int = 128,
+    damp: float = 0.01,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    backend: Backend = "auto",
+) -> SolveResult:
+    """Quantize one weight matrix, or a batch of them, with the least output error the order allows.
+
+    weight: [R, C] or [B, R, C], any floating dtype (computed in float32).
+    hessian: 2/n X^T X of the layer's inputs, [C, C], or [B, C, C] for one per problem; [C, C] with a
+        batched weight is shared by all rows of all problems, which are then solved as one. float64
+        Hessians are factored in float64.
+    order: which columns go first, so that the later ones can compensate for them.
+        "sensitivity" (re-ranked for each tile), "sensitivity-static" (ranked once),
+        "activation" (largest H_cc first: GPTQ's act-order), "min-pivot" (smallest pivot of the
+        LDL factorization last, arXiv 2507.18553), "natural" (first to last: GPTQ), "obq" (each row
+        greedy by itself: exact OBQ).
+    block: columns that are solved between two updates of the rest.
+    damp: added to the diagonal, as a fraction of its mean over live columns. Where the Hessian is
+        not positive definite it is raised tenfold, up to four times; at the end of that ladder the
+        weight is rounded to nearest. Either is in the report.
+    scale, zero_point: an external grid [R, G] or [B, R, G], G = C / group_size. Without a
+        zero_point a symmetric spec takes the middle code.
+
+    Columns whose inputs were always zero (H_cc = 0) are rounded to nearest. The same inputs on the
+    same device give the same codes. ValueError for wrong shapes, dtypes, devices, or values.
+    """
+    _check(weight, hessian, spec, order, block, damp)
+    batch, columns = weight.shape[:-2], weight.shape[-1]
+    h = hessian.detach()
+    h = (h if h.dtype == torch.float64 else h.float()).reshape(-1, columns, columns)
+    # problems that share a Hessian are one problem with more rows
+    w = weight.detach().float().reshape(len(h), -1, columns)
+    scale, zero_point = _grid(w, spec, scale, zero_point, backend)
+
+    revived, dead = revive(h)
+    codes, order_used, used_damp, fallback = _climb(
+        w, revived, scale, zero_point, spec.qmax, order, block, damp, backend
+    )
+    error = _row_errors(w - dequantize(codes, scale, zero_point), h).reshape(*batch, -1).sum(-1)
+    energy = _row_errors(w, h).reshape(*batch, -1).sum(-1)
+
+    def per_problem(value: Tensor) -> Tensor:
+        return value.expand(batch) if batch else value.reshape(())
+
+    report = SolveReport(
+        error=error,
+        relative_error=torch.where(energy > 0, error / energy, 0.0),
+        damp=per_problem(used_damp),
+        dead_columns=per_problem(dead),
+        fallback=per_problem(fallback),
+        order=order,
+        block=block,
+    )
+    return SolveResult(
+        codes=codes.reshape(weight.shape),
+        scale=scale.reshape(*weight.shape[:-1], -1),
+        zero_point=zero_point.reshape(*weight.shape[:-1], -1),
+        columns=None if order_used is None else order_used.expand(*batch or (1,), -1).reshape(*batch, -1),
+        spec=spec,
+        report=report,
+    )
+
+
+def _row_errors(error: Tensor, hessian: Tensor) -> Tensor:
+    """e H e^T of each row e, float64: [B, R, C], [B, C, C]  ->  [B, R]"""
+    error = error.to(hessian.dtype)
+    return ((error @ hessian).double() * error).sum(-1)
+
+
+def _check(
+    weight: Tensor, hessian: Tensor, spec: QuantSpec, order: Order, block: int, damp: float
+) -> None:
+    if weight.ndim not in (2, 3) or weight.numel() == 0:
+        raise ValueError(f"weight must be [R, C] or [B, R, C], none empty, got {list(weight.shape)}")
+    columns = weight.shape[-1]
+    legal = [(columns, columns), (*weight.shape[:-2], columns, columns)]
+    if tuple(hessian.shape) not in legal:
+        raise ValueError(
+            f"hessian must be {' or '.join(str(list(s)) for s in dict.fromkeys(legal))} for a weight "
+            f"of {list(weight.shape)}, got {list(hessian.shape)}"
+        )
+    for name, tensor in (("weight", weight), ("hessian", hessian)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        if not tensor.isfinite().all():
+            where = (~tensor.isfinite()).nonzero()[0].tolist()
+            raise ValueError(f"{name} must be finite, got {tensor[tuple(where)].item()} at {where}")
+    if hessian.device != weight.device:
+        raise ValueError(f"hessian is on {hessian.device}, weight on {weight.device}")
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    if (diagonal < 0).any():
+        raise ValueError(f"hessian has a negative diagonal ({diagonal.min().item()}): not X^T X")
+    skew = (hessian - hessian.mT).abs().amax()
+    if skew > 1e-3 * diagonal.amax():
+        raise ValueError(f"hessian must be symmetric, but H - H^T reaches {skew.item():.3g}")
+    if order not in get_args(Order):
+        raise ValueError(f"order must be one of {get_args(Order)}, got {order!r}")
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
+    if not 0 <= damp < float("inf"):
+        raise ValueError(f"damp must be finite and not negative, got {damp}")
+    spec.columns_per_group(columns)
+
+
+def _grid(
+    weight: Tensor,
+    spec: QuantSpec,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
+    """The grid to round to: found here, or given and checked. [B, R, G] float32 each"""
+    B, R, C = weight.shape
+    group_size = spec.columns_per_group(C)
+    if scale is None:
+        if zero_point is not None:
+            raise ValueError("zero_point was given without a scale")
+        _, scale, zero_point = ops.quantize_groups(
+            weight, group_size, spec.qmax, spec.symmetric, spec.shrink, backend
+        )
+        if not scale.isfinite().all():
+            raise ValueError("weight spans more than float32 can hold; scale it down")
+        return scale, zero_point
+    if zero_point is None:
+        if not spec.symmetric:
+            raise ValueError("an asymmetric spec with an external scale needs a zero_point")
+        zero_point = torch.full_like(scale, (spec.qmax + 1) // 2)
+    for name, tensor in (("scale", scale), ("zero_point", zero_point)):
+        if tensor.numel() != B * R * (C // group_size) or tensor.shape[-1] != C // group_size:
+            raise ValueError(
+                f"{name} must be [..., {C // group_size}] for each of {B * R} rows, "
+                f"got {list(tensor.shape)}"
+            )
+    scale, zero_point = (t.to(weight).reshape(B, R, -1) for t in (scale, zero_point))
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise ValueError(f"scale must be positive and finite, got {scale.min().item()}")
+    if ((zero_point != zero_point.round()) | (zero_point < 0) | (zero_point > spec.qmax)).any():
+        raise ValueError(f"zero_point must hold integers from 0 to {spec.qmax}")
+    return scale, zero_point
+
+
+def _climb(
+    weight: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmax: int,
+    order: Order,
+    block: int,
+    damp: float,
+    backend: Backend,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Solve with the first damping of the ladder that works for each problem, else round.
+
+    ->  codes uint8 [B, R, C], order of columns int64 [B, C], damping [B], fallback bool [B]
+    """
+    B, R, C = weight.shape
+    solver = {"sensitivity": _solve_reranked, "obq": _solve_greedy}.get(order, _solve_static)
+    codes = torch.empty(B, R, C, dtype=torch.uint8, device=weight.device)
+    columns = torch.arange(C, device=weight.device).repeat(B, 1)
+    used = torch.full((B,), damp, dtype=torch.float64, device=weight.device)
+    left = torch.arange(B, device=weight.device)
+    for factor in DAMP_LADDER:
+        rung = damp if factor == 1 else max(damp, SMALLEST_RETRY) * factor
+        found, ranked, solved = solver(
+            weight[left], damped(hessian[left], rung), scale[left], zero_point[left],
+            qmax, order, block, backend,
+        )  # fmt: skip
+        codes[left], columns[left], used[left] = found, ranked, rung
+        left = left[~solved]
+        if len(left) == 0:
+            break
+    fallback = torch.zeros(B, dtype=torch.bool, device=weight.device)
+    if len(left):
+        fallback[left] = True
+        columns[left] = torch.arange(C, device=weight.device)
+        codes[left] = _round(weight[left], scale[left], zero_point[left], qmax)
+    return codes, None if order == "obq" else columns, used, fallback
+
+
+def _round(weight: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Tensor:
+    """Round to nearest on a given grid: codes uint8 [B, R, C]"""
+    G = scale.shape[2]
+    grouped = weight.unflatten(2, (G, -1))
+    code = reference.to_code(grouped, scale[..., None], zero_point[..., None], qmax)
+    return code.flatten(2).to(torch.uint8)
+
+
+# The three solvers below have one signature:
+#   weight [B, R, C], damped hessian [B, C, C], scale and zero_point [B, R, G]
+#   -> codes uint8 [B, R, C], order of columns int64 [B, C], solved bool [B]
+Solved = tuple[Tensor, Tensor, Tensor]
+
+
+def _solve_static(
+    weight: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmax: int,
+    order: Order,
+    block: int,
+    backend: Backend,
+) -> Solved:
+    """One factorization, then the error-feedback loop over the columns in a fixed order."""
+    B, R, C = weight.shape
+    columns, ranked = static_order(order, weight, hessian, scale, zero_point, qmax, backend)
+    feedback, solved = feedback_factor(permuted(hessian, columns))
+    feedback = feedback.float()
+    group = columns // (C // scale.shape[2])
+    index = columns[:, :, None].expand(B, C, R)
+    # rows innermost: a column of all rows is contiguous
+    w = weight.mT.gather(1, index)  # [B, C, R]
+    error = torch.zeros_like(w)
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    for start in range(0, C, block):
+        tile = slice(start, start + block)
+        running = w[:, tile]
+        if start:
+            running = running.baddbmm(feedback[:, :start, tile].mT, error[:, :start])
+        code, tile_error = ops.solve_tile(
+            w[:, tile].mT, running.mT, feedback[:, tile, tile],
+            scale, zero_point, group[:, tile], qmax, backend,
+        )  # fmt: skip
+        codes[:, tile], error[:, tile] = code.mT, tile_error.mT
+    solved = solved & ranked & error.flatten(1).isfinite().all(1)
+    return torch.empty_like(codes).scatter_(1, index, codes).mT, columns, solved
+
+
+def _solve_reranked(
+    weight: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmax: int,
+    order: Order,
+    block: int,
+    backend: Backend,
+) -> Solved:
+    """Tile after tile: rank the columns that remain, quantize the most sensitive, update the rest."""
+    B, R, C = weight.shape
+    group_size = C // scale.shape[2]
+    a, solved = inverse(hessian)
+    a = a.float()
+    # what is quantized lies in front of `start`, in order; what remains, behind it
+    w = weight.mT.clone(memory_format=torch.contiguous_format)  # [B, C, R]
+    columns = torch.arange(C, device=w.device).repeat(B, 1)
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    for start in range(0, C, block):
+        rest, end = slice(start, C), min(start + block, C)
+        tile, behind = slice(start, end), slice(end, C)
+        cost = ops.column_sensitivity(
+            w[:, rest].mT, scale, zero_point, columns[:, rest] // group_size,
+            a[:, rest, rest].diagonal(dim1=1, dim2=2), qmax, backend,
+        )  # fmt: skip
+        ranking = cost.argsort(dim=1, descending=True, stable=True)
+        move = to_front(ranking[:, : end - start], C - start)
+        bring_forward(w[:, rest], move, 1)
+        bring_forward(columns[:, rest], move, 1)
+        bring_forward(a[:, rest, rest], move, 1)
+        bring_forward(a[:, rest, rest], move, 2)
+
+        lower, info = torch.linalg.cholesky_ex(a[:, tile, tile])  # A_TT = L L^T = U^T U
+        solved = solved & (info == 0)
+        identity = torch.eye(end - start, device=w.device).expand_as(lower)
+        root = torch.linalg.solve_triangular(lower, identity, upper=False).mT  # U^-1
+        feedback = root / root.diagonal(dim1=1, dim2=2)[:, None, :]
+        code, error = ops.solve_tile(
+            w[:, tile].mT, w[:, tile].mT, feedback,
+            scale, zero_point, columns[:, tile] // group_size, qmax, backend,
+        )  # fmt: skip
+        codes[:, tile] = code.mT
+        solved = solved & error.flatten(1).isfinite().all(1)
+        if end < C:
+            rows = torch.linalg.solve_triangular(lower, a[:, tile, behind], upper=False)
+            ops.compensate(w[:, behind].mT, error @ root, rows, backend)
+            ops.downdate(a[:, behind, behind], rows, backend)
+    index = columns[:, :, None].expand(B, C, R)
+    return torch.empty_like(codes).scatter_(1, index, codes).mT, columns, solved
+
+
+def _solve_greedy(
+    weight: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmax: int,
+    order: Order,
+    block: int,
+    backend: Backend,
+) -> Solved:
+    """Exact OBQ; it has no order of columns, so the natural one stands in its place."""
+    a, solved = inverse(hessian)
+    codes = solve_obq(weight, a.float(), scale, zero_point, qmax, block, backend)
+    natural = torch.arange(weight.shape[2], device=weight.device).expand(len(weight), -1)
+    return codes, natural, solved

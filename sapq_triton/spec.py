@@ -1,0 +1,69 @@
+"""What a quantized weight may look like: bits, groups, symmetry, and how its scale is found."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+ScaleSearch = Literal["absmax", "mse"]
+Order = Literal[
+    "sensitivity", "sensitivity-static", "activation", "min-pivot", "natural", "obq"
+]
+
+# the range of a group is shrunk to these fractions of its extremes; the first one that wins stays
+MSE_SHRINK = tuple(1 - step / 100 for step in range(80))
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """An affine integer grid per group of columns.
+
+        codes = clamp(round(w / scale) + zero_point, 0, 2**bits - 1)
+        w     ~ (codes - zero_point) * scale
+
+    bits: 2 to 8. group_size: columns that share a scale and a zero point, counted in the original
+    column order; -1 is one group per row (per output channel). symmetric: the zero point is the
+    middle code, 2**(bits - 1). scale_search: "absmax" spans the whole range of the group, "mse"
+    shrinks it to the fraction (1.00, 0.99, ..., 0.21) of least squared rounding error.
+    """
+
+    bits: int = 4
+    group_size: int = -1
+    symmetric: bool = False
+    scale_search: ScaleSearch = "mse"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must be an integer from 2 to 8, got {self.bits!r}")
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
+            raise ValueError(f"group_size must be an integer, got {self.group_size!r}")
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(
+                f"group_size must be positive, or -1 for one group per row, got {self.group_size}"
+            )
+        if not isinstance(self.symmetric, bool):
+            raise ValueError(f"symmetric must be True or False, got {self.symmetric!r}")
+        if self.scale_search not in get_args(ScaleSearch):
+            raise ValueError(
+                f"scale_search must be one of {get_args(ScaleSearch)}, got {self.scale_search!r}"
+            )
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
+
+    @property
+    def shrink(self) -> tuple[float, ...]:
+        """Fractions of the full range that the scale search tries, in the order it tries them."""
+        return MSE_SHRINK if self.scale_search == "mse" else (1.0,)
+
+    def columns_per_group(self, columns: int) -> int:
+        """The group size for a weight of `columns` columns, or ValueError if it does not divide."""
+        if self.group_size == -1:
+            return columns
+        if columns % self.group_size:
+            divisors = [size for size in range(1, columns + 1) if columns % size == 0]
+            raise ValueError(
+                f"group_size {self.group_size} does not divide {columns} columns; "
+                f"legal are -1 and {divisors}"
+            )
+        return self.group_size

@@ -1,0 +1,41 @@
+"""Move the columns of the next tile to the front, touching no more than two tiles of columns."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Move(NamedTuple):
+    """What was at position `source` comes to position `target`: int64 [B, 2 T] each."""
+
+    target: Tensor
+    source: Tensor
+
+
+def to_front(picked: Tensor, length: int) -> Move:
+    """The exchange that brings positions `picked` (int64 [B, T], distinct) of `length` to 0..T-1.
+
+    Positions that are evicted from the front go, in ascending order, to those that became free.
+    """
+    B, T = picked.shape
+    front = torch.arange(T, device=picked.device).expand(B, T)
+    stays = torch.zeros(B, length, dtype=torch.bool, device=picked.device)
+    stays.scatter_(1, picked, True)
+    evicted = front.gather(1, stays[:, :T].int().argsort(dim=1, stable=True))
+    freed = picked.gather(1, (picked < T).int().argsort(dim=1, stable=True))
+    # as many are freed as are evicted; the pairs beyond that lie in the front and are overwritten
+    source = torch.arange(length, device=picked.device).repeat(B, 1)
+    source.scatter_(1, freed, evicted).scatter_(1, front, picked)
+    target = torch.cat((front, freed), 1)
+    return Move(target, source.gather(1, target))
+
+
+def bring_forward(tensor: Tensor, move: Move, dim: int) -> None:
+    """Apply the exchange along `dim`, in place; dimension 0 is the batch."""
+    shape = list(tensor.shape)
+    shape[dim] = move.target.shape[1]
+    view = [1] * tensor.ndim
+    view[0], view[dim] = move.target.shape
+    target, source = (index.view(view).expand(shape) for index in move)
+    tensor.scatter_(dim, target, tensor.gather(dim, source))

@@ -1,0 +1,45 @@
+"""Tests run on a GPU where there is one, and in Triton's CPU interpreter where there is none."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: set before any import
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialized_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh buffer holds NaN or the largest integer: every element must be written."""
+
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def wrapper(*args: object, **kwargs: object) -> torch.Tensor:
+            out = allocate(*args, **kwargs)
+            if out.dtype == torch.bool:
+                return out.fill_(True)
+            return out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).max)
+
+        return wrapper
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not HAS_GPU:
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
