@@ -39,31 +39,36 @@ def _accumulate_hessian_kernel(
     group = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2).to(tl.int64)
     C = channels * size_d * size_h * size_w
-    i = tile_i.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-    j = tile_j.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    # indices are divided as int32: int64 division spills registers; offsets are int64
+    i = tile_i * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    j = tile_j * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     x_ptr += group * channels * stride_xc
     volume, area = size_d * size_h * size_w, size_h * size_w
     offset_i = (
-        i // volume * stride_xc
-        + i // area % size_d * dilation_d * stride_xd
-        + i // size_w % size_h * dilation_h * stride_xh
-        + i % size_w * dilation_w * stride_xw
+        (i // volume).to(tl.int64) * stride_xc
+        + (i // area % size_d * dilation_d).to(tl.int64) * stride_xd
+        + (i // size_w % size_h * dilation_h).to(tl.int64) * stride_xh
+        + (i % size_w * dilation_w).to(tl.int64) * stride_xw
     )
     offset_j = (
-        j // volume * stride_xc
-        + j // area % size_d * dilation_d * stride_xd
-        + j // size_w % size_h * dilation_h * stride_xh
-        + j % size_w * dilation_w * stride_xw
+        (j // volume).to(tl.int64) * stride_xc
+        + (j // area % size_d * dilation_d).to(tl.int64) * stride_xd
+        + (j // size_w % size_h * dilation_h).to(tl.int64) * stride_xh
+        + (j % size_w * dilation_w).to(tl.int64) * stride_xw
     )
+    lanes = tl.arange(0, BLOCK_ROWS)
+    positions = out_d * out_h * out_w
     total = tl.zeros([BLOCK_C, BLOCK_C], dtype=tl.float32)
     for start in range(0, rows_each, BLOCK_ROWS):
-        row = split * rows_each + start + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS] int64
-        inside = (row < rows_total) & (start + tl.arange(0, BLOCK_ROWS) < rows_each)
+        row = split * rows_each + start  # of the first lane, int64
+        inside = (row + lanes < rows_total) & (start + lanes < rows_each)  # [BLOCK_ROWS]
+        position = (row % positions).to(tl.int32) + lanes
+        image = row // positions + position // positions
         offset = (
-            row // (out_d * out_h * out_w) * stride_xn
-            + row // (out_h * out_w) % out_d * step_d * stride_xd
-            + row // out_w % out_h * step_h * stride_xh
-            + row % out_w * step_w * stride_xw
+            image * stride_xn
+            + (position // (out_h * out_w) % out_d * step_d).to(tl.int64) * stride_xd
+            + (position // out_w % out_h * step_h).to(tl.int64) * stride_xh
+            + (position % out_w * step_w).to(tl.int64) * stride_xw
         )
         mask_i = (i < C)[:, None] & inside[None, :]
         mask_j = inside[:, None] & (j < C)[None, :]
@@ -71,7 +76,7 @@ def _accumulate_hessian_kernel(
         x_j = tl.load(x_ptr + offset[:, None] + offset_j[None, :], mask=mask_j, other=0.0)
         total = tl.dot(x_i, x_j, total, input_precision="ieee")
     p_ptrs = partial_ptr + split * stride_ps + group * stride_pg
-    p_ptrs += i[:, None] * stride_pi + j[None, :] * stride_pj
+    p_ptrs += i[:, None].to(tl.int64) * stride_pi + j[None, :].to(tl.int64) * stride_pj
     tl.store(p_ptrs, total, mask=(i < C)[:, None] & (j < C)[None, :])
 
 

@@ -60,7 +60,9 @@ def _quantize_groups_kernel(
         zero_point = round_half_even(tl.div_rn(-low, full))
 
     scale = full
-    if N_SHRINK > 1:
+    if N_SHRINK == 1:
+        scale = full * tl.load(shrink_ptr)
+    else:
         best = tl.full([BLOCK_R], float("inf"), dtype=tl.float32)
         for step in range(0, N_SHRINK):
             trial = full * tl.load(shrink_ptr + step)

@@ -9,7 +9,19 @@ if not _os.path.isdir(_os.path.join(_here, "kernels")) and _os.path.isfile(
 ):
     __path__.append(_os.path.dirname(_here))
 
+from .quantize import quantize
+from .report import LayerReport, Report
 from .solver import SolveReport, SolveResult, dequantize, layer_error, solve
 from .spec import QuantSpec
 
-__all__ = ["QuantSpec", "SolveReport", "SolveResult", "dequantize", "layer_error", "solve"]
+__all__ = [
+    "LayerReport",
+    "QuantSpec",
+    "Report",
+    "SolveReport",
+    "SolveResult",
+    "dequantize",
+    "layer_error",
+    "quantize",
+    "solve",
+]

@@ -13,7 +13,7 @@ from torch import Tensor
 from .window import Window
 
 SUB_TILE = 32  # columns of `solve_tile` between two matrix products
-PATCH_ELEMENTS = 2**24  # unfolded inputs of a convolution held at a time
+PATCH_ELEMENTS = 2**20  # unfolded inputs of a convolution held at a time
 
 
 def to_code(w: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Tensor:
@@ -168,7 +168,7 @@ def accumulate_hessian(total: Tensor, inputs: Tensor, window: Window) -> None:
     per_image = math.prod(window.positions(inputs.shape[2:])) * columns * window.groups
     for images in inputs.split(max(1, PATCH_ELEMENTS // per_image)):
         x = window.patches(images).to(total.dtype)
-        total.baddbmm_(x.mT, x)
+        total.baddbmm_(x, x.mT)
 
 
 def solve_rows(

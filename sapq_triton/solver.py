@@ -36,19 +36,24 @@ SMALLEST_RETRY = 1e-4  # a retry starts from here where `damp` is smaller
 class SolveReport:
     """What happened. Tensors have the batch shape of the weight: [] or [B].
 
-    error: tr((W - Q) H (W - Q)^T), float64; relative_error: the same over tr(W H W^T).
+    error: tr((W - Q) H (W - Q)^T), float64; energy: tr(W H W^T).
     damp: the damping that was used, as a fraction of the mean diagonal.
     dead_columns: number of columns with H_cc = 0, which were rounded to nearest.
     fallback: True where no damping made the problem solvable: rounded to nearest.
     """
 
     error: Tensor
-    relative_error: Tensor
+    energy: Tensor
     damp: Tensor
     dead_columns: Tensor
     fallback: Tensor
     order: Order
     block: int
+
+    @property
+    def relative_error(self) -> Tensor:
+        """error / energy; 0 where there is no energy."""
+        return torch.where(self.energy > 0, self.error / self.energy, 0.0)
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ def solve(
 
     report = SolveReport(
         error=error,
-        relative_error=torch.where(energy > 0, error / energy, 0.0),
+        energy=energy,
         damp=per_problem(used_damp),
         dead_columns=per_problem(dead),
         fallback=per_problem(fallback),

@@ -31,21 +31,23 @@ class Window:
         return d, h, w
 
     def patches(self, inputs: Tensor) -> Tensor:
-        """inputs [N, channels, D, H, W]  ->  [groups, N * positions, channels / groups * size]"""
+        """inputs [N, channels, D, H, W]  ->  X^T [groups, channels / groups * size, N * positions]
+
+        Positions innermost: neighbouring patches are neighbours in the input, and are copied so.
+        """
         batch, channels = inputs.shape[:2]
         positions = self.positions(inputs.shape[2:])
         n, c, *space = inputs.stride()
         each = channels // self.groups
         view = inputs.as_strided(
-            (self.groups, batch, *positions, each, *self.size),
+            (self.groups, each, *self.size, batch, *positions),
             (
                 c * each,
-                n,
-                *(step * stride for step, stride in zip(space, self.stride, strict=True)),
                 c,
                 *(step * dilation for step, dilation in zip(space, self.dilation, strict=True)),
+                n,
+                *(step * stride for step, stride in zip(space, self.stride, strict=True)),
             ),
             inputs.storage_offset(),
         )
-        rows = batch * math.prod(positions)
-        return view.reshape(self.groups, rows, each * math.prod(self.size))
+        return view.reshape(self.groups, each * math.prod(self.size), -1)

@@ -1,0 +1,144 @@
+"""Run all calibration batches through a model in lockstep, and look at what passes.
+
+To calibrate a layer on the outputs of the already quantized ones before it, the layer must be
+solved while every batch stands in front of it. `Lockstep` gives each batch its own forward pass and
+stops them all at the same module call: one forward pass per batch, whatever the depth of the model.
+The price is memory: the live activations of all batches at once.
+"""
+
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Action = Callable[[], None]
+
+
+class _Abandoned(BaseException):
+    """Unwinds a forward pass that will not be finished; not an Exception, so models let it pass."""
+
+
+class Lockstep:
+    """Forward passes that meet at stations.
+
+    One pass runs at a time, in the order of the batches, so that everything is deterministic.
+    `order` ranks the stations: when all passes wait, those at the earliest station go on first.
+    """
+
+    def __init__(self, passes: Sequence[Action], order: Mapping[Hashable, int]) -> None:
+        self._workers = [_Worker(run) for run in passes]
+        self._order = order
+        self._actions: dict[Hashable, Action] = {}
+
+    def meet(self, station: Hashable, action: Action) -> None:
+        """Wait here, inside a forward pass, until all are waiting; `action` is done once."""
+        self._actions.setdefault(station, action)
+        worker = _Worker.current()
+        worker.wait_at(station)
+
+    def run(self) -> None:
+        """Until all passes are finished. An exception in one of them ends them all."""
+        try:
+            for worker in self._workers:
+                worker.resume()
+            while waiting := [worker for worker in self._workers if worker.station is not None]:
+                station = min((worker.station for worker in waiting), key=self._order.__getitem__)
+                self._actions.pop(station)()
+                for worker in waiting:
+                    if worker.station == station:
+                        worker.resume()
+        finally:
+            for worker in self._workers:
+                worker.abandon()
+
+
+class _Worker:
+    """A thread that only runs while its owner waits for it."""
+
+    _local = threading.local()
+
+    def __init__(self, run: Action) -> None:
+        self.station: Hashable | None = None
+        self._run = run
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._error: BaseException | None = None
+        self._abandoned = False
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._thread = threading.Thread(target=self._main, daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def current(cls) -> "_Worker":
+        return cls._local.worker
+
+    def _main(self) -> None:
+        self._go.acquire()
+        _Worker._local.worker = self
+        try:
+            if not self._abandoned:
+                if self._device is not None:
+                    torch.cuda.set_device(self._device)
+                with torch.no_grad():  # gradient mode belongs to a thread
+                    self._run()
+        except _Abandoned:
+            pass
+        except BaseException as error:
+            self._error = error
+        self.station = None
+        self._back.release()
+
+    def wait_at(self, station: Hashable) -> None:
+        self.station = station
+        self._back.release()
+        self._go.acquire()
+        if self._abandoned:
+            raise _Abandoned
+
+    def resume(self) -> None:
+        self.station = None
+        self._go.release()
+        self._back.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def abandon(self) -> None:
+        self._abandoned = True
+        self._go.release()
+        self._thread.join()
+
+
+class ChannelMoments:
+    """Mean and variance per channel over many tensors, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor | None = None
+        self._squares: Tensor | None = None  # sum of squared distances from the mean
+
+    def add(self, values: Tensor, axis: int, mask: Tensor | None = None) -> None:
+        """values: any shape; `axis` is the channel. mask: bool of the shape before a last axis."""
+        if mask is not None and axis == values.ndim - 1 and mask.shape == values.shape[:-1]:
+            values, axis = values[mask], 1
+        rest = [d for d in range(values.ndim) if d != axis]
+        count = values.numel() // values.shape[axis]
+        if count == 0:
+            return
+        var, mean = torch.var_mean(values.float(), rest, correction=0) if rest else (
+            torch.zeros_like(values, dtype=torch.float32), values.float()
+        )  # fmt: skip
+        mean, squares = mean.double(), var.double() * count
+        if self.mean is None or self._squares is None:
+            self.count, self.mean, self._squares = count, mean, squares
+            return
+        total = self.count + count
+        delta = mean - self.mean
+        self.mean = self.mean + delta * (count / total)
+        self._squares = self._squares + squares + delta.square() * (self.count * count / total)
+        self.count = total
+
+    @property
+    def variance(self) -> Tensor:
+        if self._squares is None:
+            raise ValueError("no values were added")
+        return self._squares / self.count

@@ -1,0 +1,148 @@
+"""Layers as matrices: every supported module is a batch of [R, C] weights times rows of inputs.
+
+A convolution is one problem per group: C = in_channels / groups * window size, R = out_channels /
+groups, and a row is the patch under one window position. A transposed convolution is the ordinary
+one over its input with zeros between the elements, by the mirrored window.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
+
+from .window import Triple, Window
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+
+
+def kind(module: nn.Module) -> str | None:
+    """Name of the layer type, or None where the module is not a layer that can be quantized."""
+    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or isinstance(
+        module, TRANSPOSED
+    ):
+        return type(module).__name__
+    # transformers' Conv1D, a linear layer with a transposed weight, without importing transformers
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return "Conv1D"
+    return None
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why a layer of a known kind still cannot be quantized; None where it can."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    weight = module._parameters.get("weight")
+    if parametrize.is_parametrized(module) or weight is None:
+        return "its weight is computed from other parameters"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight is not initialized"
+    if weight.device.type == "meta":
+        return "its weight has no data (meta device)"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, not floating point"
+    return None
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The weight as [groups, R, C]; a view where possible."""
+    weight = module.weight.detach()
+    if isinstance(module, _ConvTransposeNd):
+        space = tuple(range(3, weight.ndim + 1))
+        split = weight.unflatten(0, (module.groups, -1)).flip(space)  # [G, in / G, out / G, *size]
+        return split.transpose(1, 2).flatten(2)
+    if isinstance(module, CONVOLUTIONS):
+        return weight.flatten(1).unflatten(0, (module.groups, -1))
+    return (weight.mT if kind(module) == "Conv1D" else weight)[None]
+
+
+@torch.no_grad()
+def store_weight(module: nn.Module, matrix: Tensor) -> None:
+    """The inverse of `weight_matrix`, in place, in the dtype of the weight."""
+    weight = module.weight
+    if isinstance(module, _ConvTransposeNd):
+        groups, size = module.groups, weight.shape[2:]
+        split = matrix.unflatten(2, (-1, *size)).transpose(1, 2)  # [G, in / G, out / G, *size]
+        weight.copy_(split.flip(tuple(range(3, split.ndim))).flatten(0, 1))
+        assert len(matrix) == groups
+    elif kind(module) == "Conv1D":
+        weight.copy_(matrix[0].mT)
+    else:
+        weight.copy_(matrix.reshape(weight.shape))
+
+
+def input_rows(
+    module: nn.Module, inputs: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Window | None]:
+    """What `HessianSum.add` takes, from the input of the module's forward.
+
+    mask: bool of the leading shape of a linear layer's input; rows where it is False are left out.
+    """
+    if kind(module) in ("Linear", "Conv1D") or isinstance(module, nn.Linear):
+        fits = mask is not None and mask.shape == inputs.shape[:-1]
+        return (inputs[mask] if fits else inputs.reshape(-1, inputs.shape[-1])), None
+    axes = len(module.kernel_size)
+    if inputs.ndim == axes + 1:  # an image without a batch axis
+        inputs = inputs[None]
+    if isinstance(module, _ConvTransposeNd):
+        inputs, stride = _spread(module, inputs), (1,) * axes
+    else:
+        inputs, stride = _padded(module, inputs), module.stride
+    window = Window(
+        _triple(module.kernel_size), _triple(stride), _triple(module.dilation), module.groups
+    )
+    unused = (1,) * (3 - axes)
+    return inputs.reshape(*inputs.shape[:2], *unused, *inputs.shape[2:]), window
+
+
+def _triple(values: tuple[int, ...]) -> Triple:
+    d, h, w = (1,) * (3 - len(values)) + tuple(values)
+    return d, h, w
+
+
+def _padded(module: nn.Module, inputs: Tensor) -> Tensor:
+    """The input as the convolution sees it, borders included."""
+    if module.padding == "valid":
+        return inputs
+    amounts: list[int] = []
+    for axis in reversed(range(len(module.kernel_size))):
+        if module.padding == "same":
+            total = module.dilation[axis] * (module.kernel_size[axis] - 1)
+            amounts += [total // 2, total - total // 2]
+        else:
+            amounts += [module.padding[axis]] * 2
+    if not any(amounts):
+        return inputs
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(inputs, amounts, mode=mode)
+
+
+def _spread(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Zeros between the elements, and the borders of a transposed convolution."""
+    space = inputs.shape[2:]
+    sides = [(side - 1) * stride + 1 for side, stride in zip(space, module.stride, strict=True)]
+    spread = inputs.new_zeros(*inputs.shape[:2], *sides)
+    spread[(..., *(slice(None, None, stride) for stride in module.stride))] = inputs
+    amounts: list[int] = []
+    for axis in reversed(range(len(space))):
+        border = module.dilation[axis] * (module.kernel_size[axis] - 1) - module.padding[axis]
+        amounts += [border, border + module.output_padding[axis]]
+    return F.pad(spread, amounts)
+
+
+def channel_axis(module: nn.Module, output: Tensor) -> int:
+    """The axis of the output that the bias runs along."""
+    if isinstance(module, CONVOLUTIONS + TRANSPOSED):
+        return output.ndim - 1 - len(module.kernel_size)
+    return output.ndim - 1
+
+
+def find_layers(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, nn.Module]:
+    """Layers of a known kind by qualified name, in the order of definition."""
+    return {
+        name: module for name, module in model.named_modules() if kind(module) and wanted(name)
+    }

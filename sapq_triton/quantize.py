@@ -1,0 +1,513 @@
+"""Quantize a model layer by layer: the one place that knows whole models.
+
+Two forward passes per batch. The first, of the untouched model, notes the order of execution and
+the means that the corrections need. The second runs all batches in lockstep: each layer is solved
+on the outputs of the already quantized ones, and each BatchNorm and bias is corrected on the way.
+"""
+
+import fnmatch
+import inspect
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+from . import layers
+from .calibrate import ChannelMoments, Lockstep
+from .hessian import HessianSum
+from .ops import Backend
+from .report import LayerReport, Report
+from .solver import solve
+from .spec import Order, QuantSpec
+
+BatchNormRule = Literal["paired", "reestimate", "keep"]
+Forward = Callable[[nn.Module, Any], object]
+Station = tuple[Literal["solve", "bias", "norm"], str]
+
+
+@dataclass
+class _Target:
+    """A layer to be quantized, and what the first pass found out about it."""
+
+    name: str
+    module: nn.Module
+    kind: str
+    spec: QuantSpec
+    twins: list[str]  # names of layers that hold the same weight, this one first
+    notes: list[str] = field(default_factory=list)
+    repeated: bool = False  # runs more than once in a forward pass
+    solved: bool = False
+    total: HessianSum | None = None
+    seconds_hessian: float = 0.0
+
+    def hessian_sum(self, device: torch.device, dtype: torch.dtype) -> HessianSum:
+        """The running sum, made at the first call."""
+        if self.total is None:
+            groups, _, columns = layers.weight_matrix(self.module).shape
+            self.total = HessianSum(groups, columns, device, dtype)
+        return self.total
+
+
+def quantize(
+    model: nn.Module,
+    batches: Iterable[Any],
+    spec: QuantSpec,
+    *,
+    skip: Iterable[str] = (),
+    overrides: Mapping[str, QuantSpec] | None = None,
+    order: Order = "sensitivity",
+    block: int = 128,
+    damp: float = 0.01,
+    backend: Backend = "auto",
+    batchnorm: BatchNormRule = "paired",
+    bias_correction: bool = True,
+    hessian_dtype: torch.dtype = torch.float32,
+    attention_mask: str | None = "attention_mask",
+    forward: Forward | None = None,
+    progress: bool = True,
+) -> Report:
+    """Quantize the weights of a model in place; codes and grids are in the report.
+
+    model: any nn.Module. Linear, Conv1d/2d/3d, ConvTranspose1d/2d and transformers' Conv1D layers
+        are quantized, unless skipped; each weight keeps its dtype and holds dequantized values.
+    batches: calibration inputs. A tensor is passed as the only argument, a dict as keywords, a tuple
+        or list as positional arguments (those beyond what `model.forward` takes, such as labels,
+        are dropped); tensors are moved to the device of the model. All batches stay in memory, and
+        so do the live activations of all of them.
+    spec: the grid; overrides: glob pattern of layer names -> another spec, the last match wins.
+    skip: glob patterns of layer names that are left as they are.
+    order, block, damp, backend: as in `solve`.
+    batchnorm: "paired" adds to each BatchNorm's statistics the change that quantization caused on
+        the calibration data (running_mean += mean_q - mean_fp, running_var *= var_q / var_fp);
+        "reestimate" resets and estimates them anew; "keep" leaves them.
+    bias_correction: add to each bias the mean change of the layer's output, where no BatchNorm
+        that is corrected or re-estimated follows.
+    hessian_dtype: torch.float32 or torch.float64, of the sums and the factorization.
+    attention_mask: key of a dict batch; tokens where it is 0 count neither in the Hessians nor in
+        the means of layers whose input has its shape. None: every token counts.
+    forward: called as forward(model, batch) instead of the rules above.
+    progress: a bar, where tqdm is installed.
+
+    A group size that does not divide the columns of a layer becomes one group per row there. Layers
+    that no batch reaches are rounded to nearest. Layers called several times in a forward pass, or
+    sharing a weight, are solved once, on inputs of the full-precision model. All of this is noted in
+    the report. ValueError for bad arguments, before anything is changed; after an exception the
+    model is as it was.
+    """
+    started = time.perf_counter()
+    if batchnorm not in get_args(BatchNormRule):
+        raise ValueError(f"batchnorm must be one of {get_args(BatchNormRule)}, got {batchnorm!r}")
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches is empty: calibration needs at least one batch")
+    targets, skipped = _targets(model, spec, list(skip), dict(overrides or {}))
+    if not targets:
+        raise ValueError(f"no layer to quantize; left out: {skipped or 'none found'}")
+    run = _Run(
+        model, batches, targets, batchnorm, bias_correction, hessian_dtype, attention_mask,
+        forward or _call, dict(order=order, block=block, damp=damp, backend=backend),
+    )  # fmt: skip
+    with _undisturbed(model), _restored_on_error(model), _bar(len(targets), progress) as advance:
+        run.observe()
+        run.solve_all(advance)
+        if batchnorm == "reestimate":
+            run.reestimate()
+    return Report(tuple(run.layers_done), skipped, run.corrected, time.perf_counter() - started)
+
+
+def _targets(
+    model: nn.Module, spec: QuantSpec, skip: list[str], overrides: dict[str, QuantSpec]
+) -> tuple[dict[str, _Target], dict[str, str]]:
+    """Targets by name, and the reason for each layer that is left out."""
+    found = {name: module for name, module in model.named_modules() if layers.kind(module)}
+    for pattern in (*skip, *overrides):
+        if not fnmatch.filter(found, pattern):
+            raise ValueError(f"pattern {pattern!r} matches no layer; layers are {list(found)}")
+    holders: dict[int, list[str]] = {}  # names of all modules that hold a parameter
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(name)
+    targets: dict[str, _Target] = {}
+    skipped: dict[str, str] = {}
+    for name, module in found.items():
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in skip):
+            skipped[name] = "as asked"
+        elif reason := layers.obstacle(module):
+            skipped[name] = reason
+    for name, module in found.items():
+        twins = holders.get(id(module._parameters.get("weight")), [name])
+        if name in skipped or any(twin in targets for twin in twins):
+            continue
+        others = [twin for twin in twins if twin not in found or twin in skipped]
+        if others or len({str(module) for module in map(found.get, twins)}) > 1:
+            skipped[name] = f"its weight is shared with {others or twins[1:]}"
+            continue
+        if not module.weight.isfinite().all():
+            raise ValueError(f"the weight of {name!r} holds NaN or Inf")
+        matching = [s for pattern, s in overrides.items() if fnmatch.fnmatchcase(name, pattern)]
+        target = _Target(name, module, str(layers.kind(module)), [spec, *matching][-1], twins)
+        columns = layers.weight_matrix(module).shape[2]
+        if target.spec.group_size > 0 and columns % target.spec.group_size:
+            target.notes.append(
+                f"group_size {target.spec.group_size} does not divide {columns} columns: "
+                "one group per row"
+            )
+            target.spec = replace(target.spec, group_size=-1)
+        if len(twins) > 1:
+            target.notes.append(f"weight shared with {', '.join(twins[1:])}")
+        targets[name] = target
+    return targets, skipped
+
+
+class _Run:
+    """State of one call of `quantize`: what the first pass found, and what the second one did."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Any],
+        targets: dict[str, _Target],
+        batchnorm: BatchNormRule,
+        bias_correction: bool,
+        hessian_dtype: torch.dtype,
+        mask_key: str | None,
+        forward: Forward,
+        options: dict[str, Any],
+    ) -> None:
+        self.model, self.batches, self.targets = model, batches, targets
+        self.batchnorm, self.bias_correction = batchnorm, bias_correction
+        self.hessian_dtype, self.mask_key = hessian_dtype, mask_key
+        self.forward, self.options = forward, options
+        self.device = next(model.parameters()).device
+        self.modules = dict(model.named_modules())
+        self.norms = {
+            name: module
+            for name, module in self.modules.items()
+            if isinstance(module, _BatchNorm) and module.running_mean is not None
+        }
+        self.layers_done: list[LayerReport] = []
+        self.corrected: dict[str, float] = {}
+        self.rank: dict[Station, int] = {}  # order of execution
+        self.repeats: dict[Station, int] = {}  # most visits in one forward pass
+        self.before: dict[Station, ChannelMoments] = {}  # of the full-precision model
+        self.followed: set[str] = set()  # layers whose output goes straight into a BatchNorm
+        self._visits: dict[Station, int] = {}
+        self._latest: tuple[str, object] = ("", None)  # the last layer and its output
+        self._pass = threading.local()  # mask of the batch that this thread runs
+
+    def observe(self) -> None:
+        """First pass, of the untouched model: order of execution, repeated calls, means."""
+        hooks = [
+            self.modules[name].register_forward_hook(partial(self._saw_layer, name))
+            for target in self.targets.values()
+            for name in target.twins
+        ]
+        hooks += [
+            module.register_forward_pre_hook(partial(self._saw_norm, name))
+            for name, module in self.norms.items()
+        ]
+        with _removed(hooks):
+            for batch in self.batches:
+                self._visits = {}
+                self._run_batch(batch)
+                for station, count in self._visits.items():
+                    self.rank.setdefault(station, len(self.rank))
+                    self.repeats[station] = max(count, self.repeats.get(station, 0))
+        self._latest = ("", None)
+        self._sum_repeated()
+
+    def _visit(self, station: Station) -> None:
+        self._visits[station] = self._visits.get(station, 0) + 1
+
+    def _saw_layer(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._latest = (name, output)
+        self._visit(("solve", name))
+        if module.bias is not None:
+            station = ("bias", name)
+            self._visit(station)
+            moments = self.before.setdefault(station, ChannelMoments())
+            moments.add(output, layers.channel_axis(module, output), self._pass.mask)
+
+    def _saw_norm(self, name: str, module: nn.Module, args: Any) -> None:
+        station = ("norm", name)
+        self._visit(station)
+        if self._latest[1] is args[0]:
+            self.followed.add(self._latest[0])
+        self.before.setdefault(station, ChannelMoments()).add(args[0], 1)
+
+    def _sum_repeated(self) -> None:
+        """Hessians of layers that run more than once per pass, before anything is changed."""
+        hooks = []
+        for target in self.targets.values():
+            count = sum(self.repeats.get(("solve", twin), 0) for twin in target.twins)
+            if count > 1:
+                target.notes.append(f"called {count} times: calibrated on full-precision inputs")
+                target.repeated = True
+                hooks += [
+                    self.modules[twin].register_forward_pre_hook(partial(self._add_rows, target))
+                    for twin in target.twins
+                ]
+        if hooks:
+            with _removed(hooks):
+                for batch in self.batches:
+                    self._run_batch(batch)
+
+    def solve_all(self, advance: Callable[[], None]) -> None:
+        """Second pass, in lockstep: solve a layer, correct what follows, go on."""
+        lockstep = Lockstep([partial(self._run_batch, batch) for batch in self.batches], self.rank)
+        hooks = []
+        for target in self.targets.values():
+            for twin in target.twins:
+                hooks.append(
+                    self.modules[twin].register_forward_pre_hook(
+                        partial(self._meet_layer, lockstep, target, twin, advance)
+                    )
+                )
+            station = ("bias", target.name)
+            if self._corrects_bias(target):
+                hooks.append(
+                    target.module.register_forward_hook(
+                        partial(self._meet_bias, lockstep, station, ChannelMoments())
+                    )
+                )
+        for name, module in self.norms.items():
+            station = ("norm", name)
+            if self.batchnorm == "paired" and self.repeats.get(station) == 1:
+                hooks.append(
+                    module.register_forward_pre_hook(
+                        partial(self._meet_norm, lockstep, station, ChannelMoments())
+                    )
+                )
+        with _removed(hooks):
+            lockstep.run()
+        for target in self.targets.values():
+            if not target.solved:
+                target.notes.append("no calibration row reached it")
+                self._solve(target, advance)
+
+    def _corrects_bias(self, target: _Target) -> bool:
+        handled = self.batchnorm != "keep" and target.name in self.followed
+        return (
+            self.bias_correction
+            and target.module.bias is not None
+            and not target.repeated
+            and not handled
+            and ("bias", target.name) in self.before
+        )
+
+    def _meet_layer(
+        self,
+        lockstep: Lockstep,
+        target: _Target,
+        name: str,
+        advance: Callable[[], None],
+        module: nn.Module,
+        args: Any,
+    ) -> None:
+        if target.solved:
+            return
+        if not target.repeated:
+            self._add_rows(target, module, args)
+        lockstep.meet(("solve", name), partial(self._solve, target, advance))
+
+    def _add_rows(self, target: _Target, module: nn.Module, args: Any) -> None:
+        started = time.perf_counter()
+        inputs = args[0].detach()
+        if not inputs.isfinite().all():
+            raise ValueError(f"the input of {target.name!r} holds NaN or Inf during calibration")
+        rows, window = layers.input_rows(module, inputs, self._pass.mask)
+        target.hessian_sum(rows.device, self.hessian_dtype).add(
+            rows, window, self.options["backend"]
+        )
+        target.seconds_hessian += time.perf_counter() - started
+
+    def _solve(self, target: _Target, advance: Callable[[], None]) -> None:
+        if target.solved:  # by a twin that other batches reached first
+            return
+        started = time.perf_counter()
+        total = target.hessian_sum(target.module.weight.device, self.hessian_dtype)
+        weight = layers.weight_matrix(target.module)
+        result = solve(weight, total.hessian(), target.spec, **self.options)
+        layers.store_weight(target.module, result.dequantize())
+        report = result.report
+        self.layers_done.append(
+            LayerReport(
+                name=target.name,
+                kind=target.kind,
+                shape=tuple(target.module.weight.shape),
+                spec=target.spec,
+                order=report.order,
+                codes=result.codes.cpu(),
+                scale=result.scale.cpu(),
+                zero_point=result.zero_point.cpu(),
+                error=float(report.error.sum()),
+                energy=float(report.energy.sum()),
+                rows=total.rows,
+                damp=float(report.damp.max()),
+                dead_columns=int(report.dead_columns.sum()),
+                fallbacks=int(report.fallback.sum()),
+                seconds_hessian=target.seconds_hessian,
+                seconds_solve=time.perf_counter() - started,
+                notes=tuple(target.notes),
+            )
+        )
+        target.solved, target.total = True, None
+        advance()
+
+    def _meet_bias(
+        self,
+        lockstep: Lockstep,
+        station: Station,
+        now: ChannelMoments,
+        module: nn.Module,
+        args: Any,
+        output: Tensor,
+    ) -> Tensor | None:
+        """The outputs in flight were computed with the old bias: they are shifted as well."""
+        if station[1] in self.corrected:
+            return None
+        axis = layers.channel_axis(module, output)
+        now.add(output, axis, self._pass.mask)
+        old = module.bias.detach().clone()
+        lockstep.meet(station, partial(self._correct_bias, station, now, module))
+        shift = module.bias.detach() - old
+        return output + shift.view([-1 if d == axis else 1 for d in range(output.ndim)])
+
+    def _correct_bias(self, station: Station, now: ChannelMoments, module: nn.Module) -> None:
+        before = self.before[station].mean
+        shift = torch.zeros(1)
+        if before is not None and now.mean is not None:
+            shift = before - now.mean
+            module.bias.data += shift.to(module.bias)
+        self.corrected[station[1]] = float(shift.abs().max())
+
+    def _meet_norm(
+        self,
+        lockstep: Lockstep,
+        station: Station,
+        now: ChannelMoments,
+        module: nn.Module,
+        args: Any,
+    ) -> None:
+        if station[1] in self.corrected:
+            return
+        now.add(args[0], 1)
+        lockstep.meet(station, partial(self._correct_norm, station, now, module))
+
+    def _correct_norm(self, station: Station, now: ChannelMoments, module: nn.Module) -> None:
+        before = self.before[station]
+        shift = torch.zeros(1)
+        if before.mean is not None and now.mean is not None:
+            shift = now.mean - before.mean
+            module.running_mean += shift.to(module.running_mean)
+            # a channel that was constant, or has become so, has no scale to correct
+            usable = (before.variance > 0) & (now.variance > 0)
+            ratio = torch.where(usable, now.variance / before.variance, 1.0)
+            module.running_var *= ratio.to(module.running_var)
+        self.corrected[station[1]] = float(shift.abs().max())
+
+    def reestimate(self) -> None:
+        """Reset the statistics of every BatchNorm and average them over the batches."""
+        momenta = {name: module.momentum for name, module in self.norms.items()}
+        for module in self.norms.values():
+            module.reset_running_stats()
+            module.momentum = None  # a plain average
+            module.train()
+        for batch in self.batches:
+            self._run_batch(batch)
+        for name, module in self.norms.items():
+            module.momentum = momenta[name]
+            module.eval()
+
+    def _run_batch(self, batch: Any) -> None:
+        batch = _to_device(batch, self.device)
+        mask = batch.get(self.mask_key) if isinstance(batch, Mapping) and self.mask_key else None
+        self._pass.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self.forward(self.model, batch)
+
+
+def _call(model: nn.Module, batch: Any) -> object:
+    """The default way to feed a batch; see `quantize`."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+        if inspect.Parameter.VAR_POSITIONAL not in kinds:
+            positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            batch = batch[: sum(kind in positional for kind in kinds)]
+        return model(*batch)
+    return model(batch)
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return [_to_device(value, device) for value in batch]
+    return batch
+
+
+@contextmanager
+def _removed(hooks: list[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; train/eval state and random generators as before."""
+    training = {module: module.training for module in model.modules()}
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, state in training.items():
+                module.training = state
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Put all parameters and buffers back if anything is raised."""
+    tensors = [*model.parameters(), *model.buffers()]
+    saved = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, saved, strict=True):
+                tensor.copy_(value)
+        raise
+
+
+@contextmanager
+def _bar(total: int, progress: bool) -> Iterator[Callable[[], None]]:
+    try:
+        from tqdm.auto import tqdm
+    except ModuleNotFoundError:
+        progress = False
+    if not progress:
+        yield lambda: None
+        return
+    with tqdm(total=total, desc="quantize", unit="layer") as bar:
+        yield lambda: bar.update() and None

@@ -1,0 +1,90 @@
+"""What `quantize` did, layer by layer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .spec import Order, QuantSpec
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized layer.
+
+    shape: of the weight. codes uint8 [B, R, C], scale and zero_point float32 [B, R, G], on the CPU;
+    B groups of a convolution, as in `layers.weight_matrix`.
+    error: tr((W - Q) H (W - Q)^T) on the calibration rows, energy: tr(W H W^T).
+    rows: calibration rows seen. damp: the largest that was needed. dead_columns, fallbacks: columns
+    that never fired, and problems that were rounded to nearest, summed over the groups.
+    notes: whatever deviates from what was asked for.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    spec: QuantSpec
+    order: Order
+    codes: Tensor = field(repr=False)
+    scale: Tensor = field(repr=False)
+    zero_point: Tensor = field(repr=False)
+    error: float
+    energy: float
+    rows: int
+    damp: float
+    dead_columns: int
+    fallbacks: int
+    seconds_hessian: float
+    seconds_solve: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def relative_error(self) -> float:
+        return self.error / self.energy if self.energy > 0 else 0.0
+
+    @property
+    def bytes(self) -> float:
+        """Size of packed codes, float16 scales and packed zero points (none where symmetric)."""
+        grid = self.scale.numel() * (2 if self.spec.symmetric else 2 + self.spec.bits / 8)
+        return self.codes.numel() * self.spec.bits / 8 + grid
+
+
+@dataclass(frozen=True)
+class Report:
+    """layers: quantized ones in the order of execution. skipped: name and reason of the others.
+
+    corrected: BatchNorm layers and biases that were shifted, name to largest absolute shift.
+    """
+
+    layers: tuple[LayerReport, ...]
+    skipped: Mapping[str, str]
+    corrected: Mapping[str, float]
+    seconds: float
+
+    def __getitem__(self, name: str) -> LayerReport:
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(f"{name!r} was not quantized; layers are {[x.name for x in self.layers]}")
+
+    @property
+    def relative_error(self) -> float:
+        """Mean over the layers."""
+        return sum(layer.relative_error for layer in self.layers) / max(1, len(self.layers))
+
+    def __str__(self) -> str:
+        width = max([len(layer.name) for layer in self.layers], default=5)
+        lines = [f"{'layer':{width}} {'kind':16} {'weight':>18} bits  rel. error  solve s  notes"]
+        for x in self.layers:
+            notes = list(x.notes)
+            if x.dead_columns:
+                notes.append(f"{x.dead_columns} columns never fired")
+            if x.fallbacks:
+                notes.append(f"{x.fallbacks} of {len(x.codes)} problems rounded to nearest")
+            shape = "x".join(map(str, x.shape))
+            lines.append(
+                f"{x.name:{width}} {x.kind:16} {shape:>18} {x.spec.bits:4} {x.relative_error:11.3e} "
+                f"{x.seconds_solve:8.3f}  {'; '.join(notes)}"
+            )
+        lines += [f"{name}: left as it was, {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
