@@ -21,6 +21,25 @@ PROGRAMS = 512  # enough to fill a GPU; more only cost memory for partial sums
 
 
 @triton.jit
+def _offset(
+    index,  # ((outer * size_d + d) * size_h + h) * size_w + w
+    size_d, size_h, size_w,
+    step_d, step_h, step_w,
+    stride_outer, stride_d, stride_h, stride_w,
+):  # fmt: skip
+    """int32 index  ->  int64; divisions of int64 take so many registers that they spill"""
+    line, w = index // size_w, index % size_w
+    plane, h = line // size_h, line % size_h
+    outer, d = plane // size_d, plane % size_d
+    return (
+        outer.to(tl.int64) * stride_outer
+        + (d * step_d).to(tl.int64) * stride_d
+        + (h * step_h).to(tl.int64) * stride_h
+        + (w * step_w).to(tl.int64) * stride_w
+    )
+
+
+@triton.jit
 def _accumulate_hessian_kernel(
     x_ptr, stride_xn, stride_xc, stride_xd, stride_xh, stride_xw,  # [N, channels, D, H, W] float
     partial_ptr, stride_ps, stride_pg, stride_pi, stride_pj,  # [SPLITS, groups, C, C] float32
@@ -30,7 +49,7 @@ def _accumulate_hessian_kernel(
     dilation_d, dilation_h, dilation_w,
     channels,  # per group
     rows_total,  # N * out_d * out_h * out_w
-    rows_each,  # rows of one split
+    rows_each,  # rows of one split, a multiple of BLOCK_ROWS
     n,
     BLOCK_C: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -39,42 +58,39 @@ def _accumulate_hessian_kernel(
     group = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2).to(tl.int64)
     C = channels * size_d * size_h * size_w
-    # indices are divided as int32: int64 division spills registers; offsets are int64
     i = tile_i * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     j = tile_j * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     x_ptr += group * channels * stride_xc
-    volume, area = size_d * size_h * size_w, size_h * size_w
-    offset_i = (
-        (i // volume).to(tl.int64) * stride_xc
-        + (i // area % size_d * dilation_d).to(tl.int64) * stride_xd
-        + (i // size_w % size_h * dilation_h).to(tl.int64) * stride_xh
-        + (i % size_w * dilation_w).to(tl.int64) * stride_xw
-    )
-    offset_j = (
-        (j // volume).to(tl.int64) * stride_xc
-        + (j // area % size_d * dilation_d).to(tl.int64) * stride_xd
-        + (j // size_w % size_h * dilation_h).to(tl.int64) * stride_xh
-        + (j % size_w * dilation_w).to(tl.int64) * stride_xw
-    )
-    lanes = tl.arange(0, BLOCK_ROWS)
+    offset_i = _offset(
+        i,
+        size_d, size_h, size_w,
+        dilation_d, dilation_h, dilation_w,
+        stride_xc, stride_xd, stride_xh, stride_xw,
+    )  # fmt: skip
+    offset_j = _offset(
+        j,
+        size_d, size_h, size_w,
+        dilation_d, dilation_h, dilation_w,
+        stride_xc, stride_xd, stride_xh, stride_xw,
+    )  # fmt: skip
+    lanes = tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
     positions = out_d * out_h * out_w
     total = tl.zeros([BLOCK_C, BLOCK_C], dtype=tl.float32)
     for start in range(0, rows_each, BLOCK_ROWS):
-        row = split * rows_each + start  # of the first lane, int64
-        inside = (row + lanes < rows_total) & (start + lanes < rows_each)  # [BLOCK_ROWS]
-        position = (row % positions).to(tl.int32) + lanes
-        image = row // positions + position // positions
-        offset = (
-            image * stride_xn
-            + (position // (out_h * out_w) % out_d * step_d).to(tl.int64) * stride_xd
-            + (position // out_w % out_h * step_h).to(tl.int64) * stride_xh
-            + (position % out_w * step_w).to(tl.int64) * stride_xw
-        )
-        mask_i = (i < C)[:, None] & inside[None, :]
+        row = split * rows_each + start  # of the first lane
+        inside = row + lanes < rows_total  # [BLOCK_ROWS]
+        offset = row // positions * stride_xn + _offset(
+            (row % positions).to(tl.int32) + lanes,
+            out_d, out_h, out_w,
+            step_d, step_h, step_w,
+            stride_xn, stride_xd, stride_xh, stride_xw,
+        )  # fmt: skip
+        mask_i = inside[:, None] & (i < C)[None, :]
         mask_j = inside[:, None] & (j < C)[None, :]
-        x_i = tl.load(x_ptr + offset_i[:, None] + offset[None, :], mask=mask_i, other=0.0)
+        # both in one layout: the other way round each thread would need the offsets of more rows
+        x_i = tl.load(x_ptr + offset[:, None] + offset_i[None, :], mask=mask_i, other=0.0)
         x_j = tl.load(x_ptr + offset[:, None] + offset_j[None, :], mask=mask_j, other=0.0)
-        total = tl.dot(x_i, x_j, total, input_precision="ieee")
+        total = tl.dot(tl.trans(x_i), x_j, total, input_precision="ieee")
     p_ptrs = partial_ptr + split * stride_ps + group * stride_pg
     p_ptrs += i[:, None].to(tl.int64) * stride_pi + j[None, :].to(tl.int64) * stride_pj
     tl.store(p_ptrs, total, mask=(i < C)[:, None] & (j < C)[None, :])

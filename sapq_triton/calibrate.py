@@ -7,10 +7,15 @@ The price is memory: the live activations of all batches at once.
 """
 
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from . import layers
+from .hessian import HessianSum
 
 Action = Callable[[], None]
 
@@ -24,6 +29,7 @@ class Lockstep:
 
     One pass runs at a time, in the order of the batches, so that everything is deterministic.
     `order` ranks the stations: when all passes wait, those at the earliest station go on first.
+    Stations that it does not know come last.
     """
 
     def __init__(self, passes: Sequence[Action], order: Mapping[Hashable, int]) -> None:
@@ -43,7 +49,7 @@ class Lockstep:
             for worker in self._workers:
                 worker.resume()
             while waiting := [worker for worker in self._workers if worker.station is not None]:
-                station = min((worker.station for worker in waiting), key=self._order.__getitem__)
+                station = min((worker.station for worker in waiting), key=self._rank)
                 self._actions.pop(station)()
                 for worker in waiting:
                     if worker.station == station:
@@ -51,6 +57,9 @@ class Lockstep:
         finally:
             for worker in self._workers:
                 worker.abandon()
+
+    def _rank(self, station: Hashable) -> int:
+        return self._order.get(station, len(self._order))
 
 
 class _Worker:
@@ -66,21 +75,18 @@ class _Worker:
         self._abandoned = False
         self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._thread = threading.Thread(target=self._main, daemon=True)
-        self._thread.start()
 
     @classmethod
     def current(cls) -> "_Worker":
         return cls._local.worker
 
     def _main(self) -> None:
-        self._go.acquire()
         _Worker._local.worker = self
         try:
-            if not self._abandoned:
-                if self._device is not None:
-                    torch.cuda.set_device(self._device)
-                with torch.no_grad():  # gradient mode belongs to a thread
-                    self._run()
+            if self._device is not None:
+                torch.cuda.set_device(self._device)
+            with torch.no_grad():  # gradient mode belongs to a thread
+                self._run()
         except _Abandoned:
             pass
         except BaseException as error:
@@ -89,15 +95,19 @@ class _Worker:
         self._back.release()
 
     def wait_at(self, station: Hashable) -> None:
-        self.station = station
-        self._back.release()
-        self._go.acquire()
+        if not self._abandoned:  # else a model cleans up on its way out, and nobody waits
+            self.station = station
+            self._back.release()
+            self._go.acquire()
         if self._abandoned:
             raise _Abandoned
 
     def resume(self) -> None:
         self.station = None
-        self._go.release()
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._go.release()
         self._back.acquire()
         if self._error is not None:
             raise self._error
@@ -105,7 +115,8 @@ class _Worker:
     def abandon(self) -> None:
         self._abandoned = True
         self._go.release()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
 
 class ChannelMoments:
@@ -142,3 +153,39 @@ class ChannelMoments:
         if self._squares is None:
             raise ValueError("no values were added")
         return self._squares / self.count
+
+
+@torch.no_grad()
+def collect_hessians(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Callable[[nn.Module, Any], object] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """H = 2/n X^T X of every layer on the inputs of the model as it is: name -> [groups, C, C].
+
+    forward: called as forward(model, batch); model(batch) by default. Layers that no batch reaches
+    are left out.
+    """
+    sums: dict[str, HessianSum] = {}
+
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs = layers.called_with(name, args, kwargs)
+        groups, _, columns = layers.weight_matrix(module).shape
+        if name not in sums:
+            sums[name] = HessianSum(groups, columns, inputs.device, dtype)
+        sums[name].add(*layers.input_rows(module, inputs))
+
+    found = layers.find_layers(model)
+    hooks = [
+        module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
+        for name, module in found.items()
+    ]
+    try:
+        for batch in batches:
+            model(batch) if forward is None else forward(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: total.hessian() for name, total in sums.items()}

@@ -50,7 +50,8 @@ def revive(hessian: Tensor) -> tuple[Tensor, Tensor]:
     count = dead.sum(1)
     alive = (dead.shape[1] - count).clamp(min=1)
     mean = torch.where(count < dead.shape[1], diagonal.sum(1) / alive, 1.0)
-    revived = hessian.clone()
+    # products with other columns can survive where the square of the column underflows
+    revived = hessian.masked_fill(dead[:, :, None] | dead[:, None, :], 0)
     revived.diagonal(dim1=1, dim2=2).copy_(torch.where(dead, mean[:, None], diagonal))
     return revived, count
 
@@ -63,10 +64,11 @@ def damped(hessian: Tensor, damp: float) -> Tensor:
     return out
 
 
-def permuted(hessian: Tensor, columns: Tensor) -> Tensor:
-    """H[columns, columns] per problem: [B, C, C], int64 [B, C]  ->  [B, C, C]"""
-    rows = hessian.gather(1, columns[:, :, None].expand_as(hessian))
-    return rows.gather(2, columns[:, None, :].expand_as(hessian))
+def permuted(matrix: Tensor, columns: Tensor) -> Tensor:
+    """matrix[columns, columns] per problem: [B, C, C], int64 [B, T]  ->  [B, T, T]"""
+    B, T = columns.shape
+    rows = matrix.gather(1, columns[:, :, None].expand(B, T, matrix.shape[2]))
+    return rows.gather(2, columns[:, None, :].expand(B, T, T))
 
 
 def feedback_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ groups, and a row is the patch under one window position. A transposed convoluti
 one over its input with zeros between the elements, by the mirrored window.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,15 @@ from torch.nn.utils import parametrize
 
 from .window import Triple, Window
 
+Layer = Any  # an nn.Module of a known kind, whose attributes no common type describes
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def kind(module: nn.Module) -> str | None:
     """Name of the layer type, or None where the module is not a layer that can be quantized."""
-    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or isinstance(
-        module, TRANSPOSED
-    ):
+    if isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)):
         return type(module).__name__
     # transformers' Conv1D, a linear layer with a transposed weight, without importing transformers
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
@@ -43,12 +43,14 @@ def obstacle(module: nn.Module) -> str | None:
         return "its weight is not initialized"
     if weight.device.type == "meta":
         return "its weight has no data (meta device)"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, not floating point"
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"its weight is {weight.dtype}, not float16, bfloat16, float32 or float64"
+    if weight.numel() == 0:
+        return "its weight is empty"
     return None
 
 
-def weight_matrix(module: nn.Module) -> Tensor:
+def weight_matrix(module: Layer) -> Tensor:
     """The weight as [groups, R, C]; a view where possible."""
     weight = module.weight.detach()
     if isinstance(module, _ConvTransposeNd):
@@ -61,7 +63,7 @@ def weight_matrix(module: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def store_weight(module: nn.Module, matrix: Tensor) -> None:
+def store_weight(module: Layer, matrix: Tensor) -> None:
     """The inverse of `weight_matrix`, in place, in the dtype of the weight."""
     weight = module.weight
     if isinstance(module, _ConvTransposeNd):
@@ -75,8 +77,16 @@ def store_weight(module: nn.Module, matrix: Tensor) -> None:
         weight.copy_(matrix.reshape(weight.shape))
 
 
+def called_with(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The input of a layer, however it was passed."""
+    value = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name!r} takes a tensor, but was called with {type(value).__name__}")
+    return value
+
+
 def input_rows(
-    module: nn.Module, inputs: Tensor, mask: Tensor | None = None
+    module: Layer, inputs: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Window | None]:
     """What `HessianSum.add` takes, from the input of the module's forward.
 
@@ -104,7 +114,7 @@ def _triple(values: tuple[int, ...]) -> Triple:
     return d, h, w
 
 
-def _padded(module: nn.Module, inputs: Tensor) -> Tensor:
+def _padded(module: Layer, inputs: Tensor) -> Tensor:
     """The input as the convolution sees it, borders included."""
     if module.padding == "valid":
         return inputs
@@ -121,12 +131,13 @@ def _padded(module: nn.Module, inputs: Tensor) -> Tensor:
     return F.pad(inputs, amounts, mode=mode)
 
 
-def _spread(module: nn.Module, inputs: Tensor) -> Tensor:
+def _spread(module: Layer, inputs: Tensor) -> Tensor:
     """Zeros between the elements, and the borders of a transposed convolution."""
     space = inputs.shape[2:]
     sides = [(side - 1) * stride + 1 for side, stride in zip(space, module.stride, strict=True)]
     spread = inputs.new_zeros(*inputs.shape[:2], *sides)
-    spread[(..., *(slice(None, None, stride) for stride in module.stride))] = inputs
+    steps: tuple[Any, ...] = (..., *(slice(None, None, stride) for stride in module.stride))
+    spread[steps] = inputs
     amounts: list[int] = []
     for axis in reversed(range(len(space))):
         border = module.dilation[axis] * (module.kernel_size[axis] - 1) - module.padding[axis]
@@ -134,15 +145,13 @@ def _spread(module: nn.Module, inputs: Tensor) -> Tensor:
     return F.pad(spread, amounts)
 
 
-def channel_axis(module: nn.Module, output: Tensor) -> int:
+def channel_axis(module: Layer, output: Tensor) -> int:
     """The axis of the output that the bias runs along."""
     if isinstance(module, CONVOLUTIONS + TRANSPOSED):
         return output.ndim - 1 - len(module.kernel_size)
     return output.ndim - 1
 
 
-def find_layers(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, nn.Module]:
+def find_layers(model: nn.Module) -> dict[str, Layer]:
     """Layers of a known kind by qualified name, in the order of definition."""
-    return {
-        name: module for name, module in model.named_modules() if kind(module) and wanted(name)
-    }
+    return {name: module for name, module in model.named_modules() if kind(module)}

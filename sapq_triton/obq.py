@@ -23,18 +23,23 @@ def solve_obq(
     qmax: int,
     block: int,
     backend: Backend,
-) -> Tensor:
-    """weight [B, R, C], inverse [B, C, C], scale, zero_point [B, R, G]  ->  codes uint8 [B, R, C]"""
-    _, R, C = weight.shape
+) -> tuple[Tensor, Tensor]:
+    """weight [B, R, C], inverse [B, C, C], scale, zero_point [B, R, G]
+
+    ->  codes uint8 [B, R, C], solved bool [B]: no inverse lost its positive diagonal to rounding
+    """
+    B, R, C = weight.shape
     chunk = max(1, MEMORY // (4 * C * C))
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    solved = torch.ones(B, dtype=torch.bool, device=weight.device)
     for problem, a in enumerate(inverse):
         for start in range(0, R, chunk):
             rows = (problem, slice(start, start + chunk))
-            codes[rows] = _solve_chunk(
+            codes[rows], finite = _solve_chunk(
                 weight[rows], a, scale[rows], zero_point[rows], qmax, block, backend
             )
-    return codes
+            solved[problem] &= finite
+    return codes, solved
 
 
 def _solve_chunk(
@@ -45,11 +50,11 @@ def _solve_chunk(
     qmax: int,
     block: int,
     backend: Backend,
-) -> Tensor:
-    """weight [N, C], shared [C, C], scale, zero_point [N, G]  ->  codes uint8 [N, C]"""
+) -> tuple[Tensor, Tensor]:
+    """weight [N, C], shared [C, C], scale, zero_point [N, G]  ->  codes uint8 [N, C], solved"""
     N, C = weight.shape
     group_size = C // scale.shape[1]
-    w = weight.clone()
+    w = all_columns = weight.clone()
     codes = torch.empty(N, C, dtype=torch.uint8, device=w.device)
     columns = torch.arange(C, device=w.device).repeat(N, 1)
     inverse = shared.expand(N, C, C)  # no row has a copy of its own before the first update
@@ -71,4 +76,5 @@ def _solve_chunk(
         inverse = inverse[:, steps:, steps:]
         if start + steps < C:
             ops.downdate(inverse, v[:, :, steps:], backend)
-    return codes
+    # the root of a negative diagonal, NaN, spreads to all weights of the row
+    return codes, all_columns.isfinite().all()

@@ -25,7 +25,8 @@ from torch.utils.hooks import RemovableHandle
 from . import layers
 from .calibrate import ChannelMoments, Lockstep
 from .hessian import HessianSum
-from .ops import Backend
+from .layers import Layer
+from .ops import Backend, uses_triton
 from .report import LayerReport, Report
 from .solver import solve
 from .spec import Order, QuantSpec
@@ -40,7 +41,7 @@ class _Target:
     """A layer to be quantized, and what the first pass found out about it."""
 
     name: str
-    module: nn.Module
+    module: Layer
     kind: str
     spec: QuantSpec
     twins: list[str]  # names of layers that hold the same weight, this one first
@@ -67,6 +68,7 @@ def quantize(
     overrides: Mapping[str, QuantSpec] | None = None,
     order: Order = "sensitivity",
     block: int = 128,
+    sweeps: int = 2,
     damp: float = 0.01,
     backend: Backend = "auto",
     batchnorm: BatchNormRule = "paired",
@@ -78,15 +80,17 @@ def quantize(
 ) -> Report:
     """Quantize the weights of a model in place; codes and grids are in the report.
 
-    model: any nn.Module. Linear, Conv1d/2d/3d, ConvTranspose1d/2d and transformers' Conv1D layers
-        are quantized, unless skipped; each weight keeps its dtype and holds dequantized values.
-    batches: calibration inputs. A tensor is passed as the only argument, a dict as keywords, a tuple
-        or list as positional arguments (those beyond what `model.forward` takes, such as labels,
-        are dropped); tensors are moved to the device of the model. All batches stay in memory, and
-        so do the live activations of all of them.
+    model: any nn.Module. Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d and transformers' Conv1D
+        layers are quantized, unless skipped; each weight keeps its dtype and holds dequantized
+        values.
+    batches: calibration inputs. A tensor is passed as the only argument, a dict as keywords, a
+        tuple or list as positional arguments (those beyond what `model.forward` takes, such as
+        labels, are dropped); tensors are moved to the device of the model. All batches stay in
+        memory, and so do the live activations of all of them. Each has a thread of its own: a few
+        large batches are better than many small ones.
     spec: the grid; overrides: glob pattern of layer names -> another spec, the last match wins.
     skip: glob patterns of layer names that are left as they are.
-    order, block, damp, backend: as in `solve`.
+    order, block, sweeps, damp, backend: as in `solve`.
     batchnorm: "paired" adds to each BatchNorm's statistics the change that quantization caused on
         the calibration data (running_mean += mean_q - mean_fp, running_var *= var_q / var_fp);
         "reestimate" resets and estimates them anew; "keep" leaves them.
@@ -100,36 +104,79 @@ def quantize(
 
     A group size that does not divide the columns of a layer becomes one group per row there. Layers
     that no batch reaches are rounded to nearest. Layers called several times in a forward pass, or
-    sharing a weight, are solved once, on inputs of the full-precision model. All of this is noted in
-    the report. ValueError for bad arguments, before anything is changed; after an exception the
+    sharing a weight, are solved once, on inputs of the full-precision model. All of this is noted
+    in the report. ValueError for bad arguments, before anything is changed; after an exception the
     model is as it was.
+
+    The passes of all batches are interleaved. A forward that leaves something in an attribute for
+    a later layer to pick up would find what another batch left: calibrate it on one batch. Autocast
+    is off, unless `forward` turns it on.
     """
     started = time.perf_counter()
-    if batchnorm not in get_args(BatchNormRule):
-        raise ValueError(f"batchnorm must be one of {get_args(BatchNormRule)}, got {batchnorm!r}")
+    overrides = dict(overrides or {})
+    options = dict(order=order, block=block, sweeps=sweeps, damp=damp, backend=backend)
+    _check(model, batches, spec, skip, overrides, batchnorm, hessian_dtype, options)
     batches = list(batches)
     if not batches:
         raise ValueError("batches is empty: calibration needs at least one batch")
-    targets, skipped = _targets(model, spec, list(skip), dict(overrides or {}))
+    targets, skipped = _targets(model, spec, list(skip), overrides)
     if not targets:
         raise ValueError(f"no layer to quantize; left out: {skipped or 'none found'}")
     run = _Run(
         model, batches, targets, batchnorm, bias_correction, hessian_dtype, attention_mask,
-        forward or _call, dict(order=order, block=block, damp=damp, backend=backend),
+        forward or _call, options,
     )  # fmt: skip
     with _undisturbed(model), _restored_on_error(model), _bar(len(targets), progress) as advance:
         run.observe()
         run.solve_all(advance)
         if batchnorm == "reestimate":
             run.reestimate()
+    skipped |= run.kept
     return Report(tuple(run.layers_done), skipped, run.corrected, time.perf_counter() - started)
+
+
+def _check(
+    model: nn.Module,
+    batches: object,
+    spec: object,
+    skip: object,
+    overrides: Mapping[str, object],
+    batchnorm: object,
+    hessian_dtype: torch.dtype,
+    options: dict[str, Any],
+) -> None:
+    """ValueError for arguments that would fail later, or would quietly mean something else."""
+    if isinstance(batches, Tensor | Mapping):
+        raise ValueError(
+            f"batches must be an iterable of batches, got one {type(batches).__name__}; "
+            "pass [batch] for a single one"
+        )
+    if isinstance(skip, str):
+        raise ValueError(f"skip must be an iterable of patterns, got {skip!r}; pass [{skip!r}]")
+    for name, value in (("spec", spec), *((f"overrides[{k!r}]", v) for k, v in overrides.items())):
+        if not isinstance(value, QuantSpec):
+            raise ValueError(f"{name} must be a QuantSpec, got {value!r}")
+    if batchnorm not in get_args(BatchNormRule):
+        raise ValueError(f"batchnorm must be one of {get_args(BatchNormRule)}, got {batchnorm!r}")
+    lazy = [name for name, tensor in _tensors(model) if nn.parameter.is_lazy(tensor)]
+    if lazy:
+        raise ValueError(f"{', '.join(lazy)} not initialized yet; run the model once before")
+    # a problem of one weight: the solver says what it thinks of its options before the model runs
+    HessianSum(1, 1, dtype=hessian_dtype)
+    one = next((p for p in model.parameters() if p.is_floating_point()), torch.ones(1))
+    uses_triton(one, options["backend"])
+    solve(torch.ones(1, 1), torch.ones(1, 1), QuantSpec(), **{**options, "backend": "reference"})
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def _targets(
     model: nn.Module, spec: QuantSpec, skip: list[str], overrides: dict[str, QuantSpec]
 ) -> tuple[dict[str, _Target], dict[str, str]]:
     """Targets by name, and the reason for each layer that is left out."""
-    found = {name: module for name, module in model.named_modules() if layers.kind(module)}
+    found = layers.find_layers(model)
     for pattern in (*skip, *overrides):
         if not fnmatch.filter(found, pattern):
             raise ValueError(f"pattern {pattern!r} matches no layer; layers are {list(found)}")
@@ -191,19 +238,22 @@ class _Run:
         self.forward, self.options = forward, options
         self.device = next(model.parameters()).device
         self.modules = dict(model.named_modules())
-        self.norms = {
+        self.norms: dict[str, Layer] = {
             name: module
             for name, module in self.modules.items()
             if isinstance(module, _BatchNorm) and module.running_mean is not None
         }
         self.layers_done: list[LayerReport] = []
         self.corrected: dict[str, float] = {}
-        self.rank: dict[Station, int] = {}  # order of execution
+        self.kept: dict[str, str] = {}  # BatchNorms that could not be corrected, and why
+        self.sequence: list[Station] = []  # order of execution
         self.repeats: dict[Station, int] = {}  # most visits in one forward pass
         self.before: dict[Station, ChannelMoments] = {}  # of the full-precision model
-        self.followed: set[str] = set()  # layers whose output goes straight into a BatchNorm
+        self.follower: dict[str, str] = {}  # layer -> BatchNorm that its output goes straight into
         self._visits: dict[Station, int] = {}
-        self._latest: tuple[str, object] = ("", None)  # the last layer and its output
+        # name, output, and version of the output of the last layer: an activation in place leaves
+        # the same tensor with another version
+        self._latest: tuple[str, Tensor | None, int] = ("", None, 0)
         self._pass = threading.local()  # mask of the batch that this thread runs
 
     def observe(self) -> None:
@@ -214,37 +264,53 @@ class _Run:
             for name in target.twins
         ]
         hooks += [
-            module.register_forward_pre_hook(partial(self._saw_norm, name))
+            module.register_forward_pre_hook(partial(self._saw_norm, name), with_kwargs=True)
             for name, module in self.norms.items()
         ]
         with _removed(hooks):
             for batch in self.batches:
                 self._visits = {}
                 self._run_batch(batch)
+                self._merge_sequence()
                 for station, count in self._visits.items():
-                    self.rank.setdefault(station, len(self.rank))
                     self.repeats[station] = max(count, self.repeats.get(station, 0))
-        self._latest = ("", None)
+        self._latest = ("", None, 0)
         self._sum_repeated()
+
+    def _merge_sequence(self) -> None:
+        """Stations that no batch before this one visited go behind the one visited just before."""
+        if self._visits.keys() <= self.repeats.keys():
+            return
+        place = 0
+        for station in self._visits:
+            if station in self.repeats:
+                place = self.sequence.index(station)
+            else:
+                self.sequence.insert(place, station)
+            place += 1
 
     def _visit(self, station: Station) -> None:
         self._visits[station] = self._visits.get(station, 0) + 1
 
-    def _saw_layer(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        self._latest = (name, output)
+    def _saw_layer(self, name: str, module: Layer, args: Any, output: object) -> None:
         self._visit(("solve", name))
+        if not isinstance(output, Tensor):  # of a subclass; there is no bias to correct in it
+            return
+        self._latest = (name, output, output._version)
         if module.bias is not None:
-            station = ("bias", name)
+            station: Station = ("bias", name)
             self._visit(station)
             moments = self.before.setdefault(station, ChannelMoments())
             moments.add(output, layers.channel_axis(module, output), self._pass.mask)
 
-    def _saw_norm(self, name: str, module: nn.Module, args: Any) -> None:
-        station = ("norm", name)
+    def _saw_norm(self, name: str, module: Layer, args: Any, kwargs: Any) -> None:
+        station: Station = ("norm", name)
         self._visit(station)
-        if self._latest[1] is args[0]:
-            self.followed.add(self._latest[0])
-        self.before.setdefault(station, ChannelMoments()).add(args[0], 1)
+        inputs = layers.called_with(name, args, kwargs)
+        layer, output, version = self._latest
+        if inputs is output and inputs._version == version:
+            self.follower[layer] = name
+        self.before.setdefault(station, ChannelMoments()).add(inputs, 1)
 
     def _sum_repeated(self) -> None:
         """Hessians of layers that run more than once per pass, before anything is changed."""
@@ -255,7 +321,9 @@ class _Run:
                 target.notes.append(f"called {count} times: calibrated on full-precision inputs")
                 target.repeated = True
                 hooks += [
-                    self.modules[twin].register_forward_pre_hook(partial(self._add_rows, target))
+                    self.modules[twin].register_forward_pre_hook(
+                        partial(self._add_rows, target), with_kwargs=True
+                    )
                     for twin in target.twins
                 ]
         if hooks:
@@ -265,30 +333,34 @@ class _Run:
 
     def solve_all(self, advance: Callable[[], None]) -> None:
         """Second pass, in lockstep: solve a layer, correct what follows, go on."""
-        lockstep = Lockstep([partial(self._run_batch, batch) for batch in self.batches], self.rank)
+        passes = [partial(self._run_batch, batch) for batch in self.batches]
+        lockstep = Lockstep(passes, {s: rank for rank, s in enumerate(self.sequence)})
         hooks = []
         for target in self.targets.values():
             for twin in target.twins:
                 hooks.append(
                     self.modules[twin].register_forward_pre_hook(
-                        partial(self._meet_layer, lockstep, target, twin, advance)
+                        partial(self._meet_layer, lockstep, target, twin, advance),
+                        with_kwargs=True,
                     )
                 )
-            station = ("bias", target.name)
             if self._corrects_bias(target):
                 hooks.append(
                     target.module.register_forward_hook(
-                        partial(self._meet_bias, lockstep, station, ChannelMoments())
+                        partial(self._meet_bias, lockstep, target.name, ChannelMoments())
                     )
                 )
         for name, module in self.norms.items():
-            station = ("norm", name)
-            if self.batchnorm == "paired" and self.repeats.get(station) == 1:
+            count = self.repeats.get(("norm", name), 0)
+            if self._corrects_norm(name):
                 hooks.append(
                     module.register_forward_pre_hook(
-                        partial(self._meet_norm, lockstep, station, ChannelMoments())
+                        partial(self._meet_norm, lockstep, name, ChannelMoments()),
+                        with_kwargs=True,
                     )
                 )
+            elif self.batchnorm == "paired" and count > 1:
+                self.kept[name] = f"called {count} times in a forward pass"
         with _removed(hooks):
             lockstep.run()
         for target in self.targets.values():
@@ -296,8 +368,13 @@ class _Run:
                 target.notes.append("no calibration row reached it")
                 self._solve(target, advance)
 
+    def _corrects_norm(self, name: str) -> bool:
+        """By the paired rule: what a second call sees depends on the correction of the first."""
+        return self.batchnorm == "paired" and self.repeats.get(("norm", name)) == 1
+
     def _corrects_bias(self, target: _Target) -> bool:
-        handled = self.batchnorm != "keep" and target.name in self.followed
+        norm = self.follower.get(target.name)
+        handled = norm is not None and (self.batchnorm == "reestimate" or self._corrects_norm(norm))
         return (
             self.bias_correction
             and target.module.bias is not None
@@ -312,21 +389,22 @@ class _Run:
         target: _Target,
         name: str,
         advance: Callable[[], None],
-        module: nn.Module,
+        module: Layer,
         args: Any,
+        kwargs: Any,
     ) -> None:
         if target.solved:
             return
         if not target.repeated:
-            self._add_rows(target, module, args)
+            self._add_rows(target, module, args, kwargs)
         lockstep.meet(("solve", name), partial(self._solve, target, advance))
 
-    def _add_rows(self, target: _Target, module: nn.Module, args: Any) -> None:
+    def _add_rows(self, target: _Target, module: Layer, args: Any, kwargs: Any) -> None:
         started = time.perf_counter()
-        inputs = args[0].detach()
-        if not inputs.isfinite().all():
-            raise ValueError(f"the input of {target.name!r} holds NaN or Inf during calibration")
+        inputs = layers.called_with(target.name, args, kwargs).detach()
         rows, window = layers.input_rows(module, inputs, self._pass.mask)
+        if not rows.isfinite().all():  # of the rows that count: padding tokens may hold anything
+            raise ValueError(f"the input of {target.name!r} holds NaN or Inf during calibration")
         target.hessian_sum(rows.device, self.hessian_dtype).add(
             rows, window, self.options["backend"]
         )
@@ -368,45 +446,46 @@ class _Run:
     def _meet_bias(
         self,
         lockstep: Lockstep,
-        station: Station,
+        name: str,
         now: ChannelMoments,
-        module: nn.Module,
+        module: Layer,
         args: Any,
         output: Tensor,
     ) -> Tensor | None:
         """The outputs in flight were computed with the old bias: they are shifted as well."""
-        if station[1] in self.corrected:
+        if name in self.corrected:
             return None
         axis = layers.channel_axis(module, output)
         now.add(output, axis, self._pass.mask)
         old = module.bias.detach().clone()
-        lockstep.meet(station, partial(self._correct_bias, station, now, module))
+        lockstep.meet(("bias", name), partial(self._correct_bias, name, now, module))
         shift = module.bias.detach() - old
         return output + shift.view([-1 if d == axis else 1 for d in range(output.ndim)])
 
-    def _correct_bias(self, station: Station, now: ChannelMoments, module: nn.Module) -> None:
-        before = self.before[station].mean
+    def _correct_bias(self, name: str, now: ChannelMoments, module: Layer) -> None:
+        before = self.before["bias", name].mean
         shift = torch.zeros(1)
         if before is not None and now.mean is not None:
             shift = before - now.mean
             module.bias.data += shift.to(module.bias)
-        self.corrected[station[1]] = float(shift.abs().max())
+        self.corrected[name] = float(shift.abs().max())
 
     def _meet_norm(
         self,
         lockstep: Lockstep,
-        station: Station,
+        name: str,
         now: ChannelMoments,
-        module: nn.Module,
+        module: Layer,
         args: Any,
+        kwargs: Any,
     ) -> None:
-        if station[1] in self.corrected:
+        if name in self.corrected:
             return
-        now.add(args[0], 1)
-        lockstep.meet(station, partial(self._correct_norm, station, now, module))
+        now.add(layers.called_with(name, args, kwargs), 1)
+        lockstep.meet(("norm", name), partial(self._correct_norm, name, now, module))
 
-    def _correct_norm(self, station: Station, now: ChannelMoments, module: nn.Module) -> None:
-        before = self.before[station]
+    def _correct_norm(self, name: str, now: ChannelMoments, module: Layer) -> None:
+        before = self.before["norm", name]
         shift = torch.zeros(1)
         if before.mean is not None and now.mean is not None:
             shift = now.mean - before.mean
@@ -415,20 +494,24 @@ class _Run:
             usable = (before.variance > 0) & (now.variance > 0)
             ratio = torch.where(usable, now.variance / before.variance, 1.0)
             module.running_var *= ratio.to(module.running_var)
-        self.corrected[station[1]] = float(shift.abs().max())
+        self.corrected[name] = float(shift.abs().max())
 
     def reestimate(self) -> None:
-        """Reset the statistics of every BatchNorm and average them over the batches."""
-        momenta = {name: module.momentum for name, module in self.norms.items()}
-        for module in self.norms.values():
-            module.reset_running_stats()
-            module.momentum = None  # a plain average
-            module.train()
-        for batch in self.batches:
-            self._run_batch(batch)
-        for name, module in self.norms.items():
-            module.momentum = momenta[name]
-            module.eval()
+        """Reset the statistics of all BatchNorms in use and average them over the batches."""
+        norms = {name: norm for name, norm in self.norms.items() if ("norm", name) in self.before}
+        old = {name: (norm.momentum, norm.running_mean.clone()) for name, norm in norms.items()}
+        try:
+            for norm in norms.values():
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain average
+                norm.train()
+            for batch in self.batches:
+                self._run_batch(batch)
+        finally:
+            for name, norm in norms.items():
+                norm.momentum, mean = old[name]
+                self.corrected[name] = float((norm.running_mean - mean).abs().max())
+                norm.eval()
 
     def _run_batch(self, batch: Any) -> None:
         batch = _to_device(batch, self.device)
@@ -442,10 +525,10 @@ def _call(model: nn.Module, batch: Any) -> object:
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, tuple | list):
-        kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
-        if inspect.Parameter.VAR_POSITIONAL not in kinds:
-            positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-            batch = batch[: sum(kind in positional for kind in kinds)]
+        taken = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+        if inspect.Parameter.VAR_POSITIONAL not in taken:
+            named = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD
+            batch = batch[: sum(kind not in named for kind in taken)]
         return model(*batch)
     return model(batch)
 
@@ -456,7 +539,10 @@ def _to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {key: _to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return [_to_device(value, device) for value in batch]
+        moved = [_to_device(value, device) for value in batch]
+        if isinstance(batch, list):
+            return moved
+        return batch._make(moved) if hasattr(batch, "_make") else tuple(moved)  # a namedtuple stays
     return batch
 
 
@@ -471,15 +557,28 @@ def _removed(hooks: list[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; train/eval state and random generators as before."""
+    """Evaluation mode without gradients; train/eval state and random generators as before.
+
+    Neither autocast nor inference mode would reach the threads of the second pass: both are off.
+    So is the fast path of nn.Transformer, which calls no layer.
+    """
+    device = next(model.parameters()).device.type
+    fastpath = torch.backends.mha.get_fastpath_enabled()
     training = {module: module.training for module in model.modules()}
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices), torch.no_grad():
-        model.eval()
+    with (
+        torch.random.fork_rng(devices),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device, enabled=False),
+    ):
         try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            model.eval()
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
             for module, state in training.items():
                 module.training = state
             random.setstate(python_state)
@@ -489,7 +588,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
     """Put all parameters and buffers back if anything is raised."""
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [tensor for _, tensor in _tensors(model)]
     saved = [tensor.detach().clone() for tensor in tensors]
     try:
         yield

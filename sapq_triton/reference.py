@@ -143,6 +143,47 @@ def solve_tile(
     return codes.mT, error.mT
 
 
+def refine_tile(
+    weight: Tensor,
+    running: Tensor,
+    feedback: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor,
+    qmax: int,
+    codes: Tensor,
+    error: Tensor,
+    sweeps: int,
+) -> None:
+    """Coordinate descent on the tile: each column in turn takes its best code given all others.
+
+        w'_k    = running_k + sum_{j != k} error_j * feedback_jk
+        code_k  = clamp(round(w'_k / scale) + zero_point, 0, qmax)
+        error_k = weight_k - (code_k - zero_point) * scale
+
+    `sweeps` times over all columns, codes and error in place; shapes as in `solve_tile`, feedback
+    with its whole off-diagonal. With feedback_jk = K_jk / K_kk and running = weight each step
+    minimizes error K error^T over one code (cyclic coordinate descent; QuantEase, arXiv 2309.01885,
+    has it on the whole Hessian).
+    """
+    T = weight.shape[2]
+    last = scale.shape[2] - 1 if scale.shape[2] == 1 else T - 1
+    original, e, c = (t.mT.contiguous() for t in (weight, error, codes))
+    s, z = per_column(scale, group).mT.contiguous(), per_column(zero_point, group).mT.contiguous()
+    rows = feedback - torch.diag_embed(feedback.diagonal(dim1=1, dim2=2))
+    work = torch.baddbmm(running.mT, rows.mT, e)  # w' of every column, kept up to date
+    for _ in range(sweeps):
+        for k in range(T):
+            s_k, z_k = s[:, min(k, last)], z[:, min(k, last)]
+            code = to_code(work[:, k], s_k, z_k, qmax)
+            c[:, k] = code
+            fresh = original[:, k] - code.sub_(z_k).mul_(s_k)
+            work += rows[:, k, :, None] * (fresh - e[:, k])[:, None]
+            e[:, k] = fresh
+    codes.copy_(c.mT)
+    error.copy_(e.mT)
+
+
 def compensate(weight: Tensor, error: Tensor, rows: Tensor) -> None:
     """W_F -= E V, in place: the remaining weights take up the error of a tile.
 
@@ -183,7 +224,7 @@ def solve_rows(
     """`steps` greedy steps of exact OBQ, each row with an order and an inverse of its own.
 
         err_c = (w_c - Q(w_c))**2
-        j     = argmax err_c  if some err_c > scale_c**2 / 4 (off the grid), else argmin err_c / A_cc
+        j     = argmax err_c  if any err_c > scale_c**2 / 4 (off the grid), else argmin err_c / A_cc
         v     = A_j / sqrt(A_jj)
         w    -= (w_j - Q(w_j)) / sqrt(A_jj) * v,    A -= v v^T
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .solver import dequantize
 from .spec import Order, QuantSpec
 
 
@@ -38,6 +39,10 @@ class LayerReport:
     seconds_solve: float
     notes: tuple[str, ...] = ()
 
+    def dequantize(self) -> Tensor:
+        """The quantized weight as a batch of matrices, float32 [B, R, C], on the CPU."""
+        return dequantize(self.codes, self.scale, self.zero_point)
+
     @property
     def relative_error(self) -> float:
         return self.error / self.energy if self.energy > 0 else 0.0
@@ -51,7 +56,8 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """layers: quantized ones in the order of execution. skipped: name and reason of the others.
+    """layers: quantized ones in the order of execution. skipped: name and reason of the others, and
+    of BatchNorms that could not be corrected.
 
     corrected: BatchNorm layers and biases that were shifted, name to largest absolute shift.
     """
@@ -83,8 +89,8 @@ class Report:
                 notes.append(f"{x.fallbacks} of {len(x.codes)} problems rounded to nearest")
             shape = "x".join(map(str, x.shape))
             lines.append(
-                f"{x.name:{width}} {x.kind:16} {shape:>18} {x.spec.bits:4} {x.relative_error:11.3e} "
-                f"{x.seconds_solve:8.3f}  {'; '.join(notes)}"
+                f"{x.name:{width}} {x.kind:16} {shape:>18} {x.spec.bits:4} "
+                f"{x.relative_error:11.3e} {x.seconds_solve:8.3f}  {'; '.join(notes)}"
             )
         lines += [f"{name}: left as it was, {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)

@@ -4,7 +4,8 @@
     while columns F remain:
         S_c  = sum_r (w_rc - Q(w_rc))^2 / A_cc         sensitivity of column c, on current weights
         T    = the `block` most sensitive columns, in descending order
-        Q_T  = error-feedback loop inside the tile, rows in parallel
+        Q_T  = error-feedback loop over T, rows in parallel, the column with the largest
+               curvature (A_TT^-1)_cc first; then coordinate descent on (w - q) A_TT^-1 (w - q)^T
         W_F -= (W_T - Q_T) A_TT^-1 A_TF
         A_FF -= A_FT A_TT^-1 A_TF
 
@@ -13,7 +14,9 @@ arXiv 2208.11580). Orders that are known in advance need no inverse: one Cholesk
 the reversed Hessian gives the feedback matrix of the same loop (LDLQ, arXiv 2307.13304).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import get_args
 
 import torch
@@ -77,7 +80,7 @@ class SolveResult:
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """codes [..., R, C], scale, zero_point [..., R, G]  ->  (codes - zero_point) * scale, float32"""
+    """codes [..., R, C], scale, zero_point [..., R, G]  ->  (codes - zero_point) * scale"""
     grouped = codes.float().unflatten(-1, (scale.shape[-1], -1))  # [..., R, G, C / G]
     return ((grouped - zero_point[..., None]) * scale[..., None]).flatten(-2)
 
@@ -95,6 +98,7 @@ def solve(
     *,
     order: Order = "sensitivity",
     block: int = 128,
+    sweeps: int = 2,
     damp: float = 0.01,
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
@@ -103,15 +107,17 @@ def solve(
     """Quantize one weight matrix, or a batch of them, with the least output error the order allows.
 
     weight: [R, C] or [B, R, C], any floating dtype (computed in float32).
-    hessian: 2/n X^T X of the layer's inputs, [C, C], or [B, C, C] for one per problem; [C, C] with a
-        batched weight is shared by all rows of all problems, which are then solved as one. float64
-        Hessians are factored in float64.
+    hessian: 2/n X^T X of the layer's inputs, [C, C], or [B, C, C] for one per problem; [C, C] with
+        a batched weight is shared by all rows of all problems, which are then solved as one.
+        float64 Hessians are factored in float64.
     order: which columns go first, so that the later ones can compensate for them.
         "sensitivity" (re-ranked for each tile), "sensitivity-static" (ranked once),
         "activation" (largest H_cc first: GPTQ's act-order), "min-pivot" (smallest pivot of the
         LDL factorization last, arXiv 2507.18553), "natural" (first to last: GPTQ), "obq" (each row
-        greedy by itself: exact OBQ).
+        greedy by itself: exact OBQ), "nearest" (no compensation: the baseline).
     block: columns that are solved between two updates of the rest.
+    sweeps: passes of coordinate descent over each tile before the rest takes up its error; only in
+        order "sensitivity".
     damp: added to the diagonal, as a fraction of its mean over live columns. Where the Hessian is
         not positive definite it is raised tenfold, up to four times; at the end of that ladder the
         weight is rounded to nearest. Either is in the report.
@@ -121,7 +127,8 @@ def solve(
     Columns whose inputs were always zero (H_cc = 0) are rounded to nearest. The same inputs on the
     same device give the same codes. ValueError for wrong shapes, dtypes, devices, or values.
     """
-    _check(weight, hessian, spec, order, block, damp)
+    _check(weight, hessian, spec, order, block, sweeps, damp)
+    ops.uses_triton(weight, backend)  # refuses a backend before any work is done
     batch, columns = weight.shape[:-2], weight.shape[-1]
     h = hessian.detach()
     h = (h if h.dtype == torch.float64 else h.float()).reshape(-1, columns, columns)
@@ -130,8 +137,9 @@ def solve(
     scale, zero_point = _grid(w, spec, scale, zero_point, backend)
 
     revived, dead = revive(h)
-    codes, order_used, used_damp, fallback = _climb(
-        w, revived, scale, zero_point, spec.qmax, order, block, damp, backend
+    solver = _solver(order, block, sweeps, backend)
+    codes, ranked, used_damp, fallback = _climb(
+        solver, w, revived, scale, zero_point, spec.qmax, damp
     )
     error = _row_errors(w - dequantize(codes, scale, zero_point), h).reshape(*batch, -1).sum(-1)
     energy = _row_errors(w, h).reshape(*batch, -1).sum(-1)
@@ -152,7 +160,7 @@ def solve(
         codes=codes.reshape(weight.shape),
         scale=scale.reshape(*weight.shape[:-1], -1),
         zero_point=zero_point.reshape(*weight.shape[:-1], -1),
-        columns=None if order_used is None else order_used.expand(*batch or (1,), -1).reshape(*batch, -1),
+        columns=None if order == "obq" else ranked.expand(*batch or (1,), -1).reshape(*batch, -1),
         spec=spec,
         report=report,
     )
@@ -165,25 +173,36 @@ def _row_errors(error: Tensor, hessian: Tensor) -> Tensor:
 
 
 def _check(
-    weight: Tensor, hessian: Tensor, spec: QuantSpec, order: Order, block: int, damp: float
+    weight: Tensor,
+    hessian: Tensor,
+    spec: QuantSpec,
+    order: Order,
+    block: int,
+    sweeps: int,
+    damp: float,
 ) -> None:
     if weight.ndim not in (2, 3) or weight.numel() == 0:
-        raise ValueError(f"weight must be [R, C] or [B, R, C], none empty, got {list(weight.shape)}")
+        raise ValueError(
+            f"weight must be [R, C] or [B, R, C], none empty, got {list(weight.shape)}"
+        )
     columns = weight.shape[-1]
     legal = [(columns, columns), (*weight.shape[:-2], columns, columns)]
     if tuple(hessian.shape) not in legal:
         raise ValueError(
-            f"hessian must be {' or '.join(str(list(s)) for s in dict.fromkeys(legal))} for a weight "
-            f"of {list(weight.shape)}, got {list(hessian.shape)}"
+            f"hessian must be {' or '.join(str(list(s)) for s in dict.fromkeys(legal))} for a "
+            f"weight of {list(weight.shape)}, got {list(hessian.shape)}"
         )
     for name, tensor in (("weight", weight), ("hessian", hessian)):
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
-        if not tensor.isfinite().all():
-            where = (~tensor.isfinite()).nonzero()[0].tolist()
-            raise ValueError(f"{name} must be finite, got {tensor[tuple(where)].item()} at {where}")
     if hessian.device != weight.device:
         raise ValueError(f"hessian is on {hessian.device}, weight on {weight.device}")
+    for name, tensor, used in (("weight", weight, weight.float()), ("hessian", hessian, hessian)):
+        finite = used.isfinite()
+        if not finite.all():
+            where = (~finite).nonzero()[0].tolist()
+            value = tensor[tuple(where)].item()
+            raise ValueError(f"{name} must be finite in {used.dtype}, got {value} at {where}")
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     if (diagonal < 0).any():
         raise ValueError(f"hessian has a negative diagonal ({diagonal.min().item()}): not X^T X")
@@ -192,10 +211,12 @@ def _check(
         raise ValueError(f"hessian must be symmetric, but H - H^T reaches {skew.item():.3g}")
     if order not in get_args(Order):
         raise ValueError(f"order must be one of {get_args(Order)}, got {order!r}")
-    if block < 1:
-        raise ValueError(f"block must be at least 1, got {block}")
-    if not 0 <= damp < float("inf"):
-        raise ValueError(f"damp must be finite and not negative, got {damp}")
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise ValueError(f"block must be an integer of at least 1, got {block!r}")
+    if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 0:
+        raise ValueError(f"sweeps must be an integer, not negative, got {sweeps!r}")
+    if isinstance(damp, bool) or not isinstance(damp, int | float) or not 0 <= damp < float("inf"):
+        raise ValueError(f"damp must be a finite number, not negative, got {damp!r}")
     spec.columns_per_group(columns)
 
 
@@ -223,70 +244,86 @@ def _grid(
             raise ValueError("an asymmetric spec with an external scale needs a zero_point")
         zero_point = torch.full_like(scale, (spec.qmax + 1) // 2)
     for name, tensor in (("scale", scale), ("zero_point", zero_point)):
-        if tensor.numel() != B * R * (C // group_size) or tensor.shape[-1] != C // group_size:
+        if tensor.shape[-1:] != (C // group_size,) or tensor.numel() != B * R * (C // group_size):
             raise ValueError(
                 f"{name} must be [..., {C // group_size}] for each of {B * R} rows, "
                 f"got {list(tensor.shape)}"
             )
-    scale, zero_point = (t.to(weight).reshape(B, R, -1) for t in (scale, zero_point))
-    if not (scale.isfinite() & (scale > 0)).all():
-        raise ValueError(f"scale must be positive and finite, got {scale.min().item()}")
-    if ((zero_point != zero_point.round()) | (zero_point < 0) | (zero_point > spec.qmax)).any():
-        raise ValueError(f"zero_point must hold integers from 0 to {spec.qmax}")
+        if tensor.device != weight.device:
+            raise ValueError(f"{name} is on {tensor.device}, weight on {weight.device}")
+    scale, zero_point = (t.detach().to(weight).reshape(B, R, -1) for t in (scale, zero_point))
+    bad = ~(scale.isfinite() & (scale > 0))
+    if bad.any():
+        raise ValueError(f"scale must be positive and finite, got {scale[bad][0].item()}")
+    bad = (zero_point != zero_point.round()) | (zero_point < 0) | (zero_point > spec.qmax)
+    if bad.any():
+        raise ValueError(
+            f"zero_point must hold integers from 0 to {spec.qmax}, got {zero_point[bad][0].item()}"
+        )
     return scale, zero_point
 
 
+# weight [B, R, C], damped hessian [B, C, C], scale, zero_point [B, R, G], qmax
+# -> codes uint8 [B, R, C], order of columns int64 [B, C], solved bool [B]
+Solved = tuple[Tensor, Tensor, Tensor]
+Solver = Callable[[Tensor, Tensor, Tensor, Tensor, int], Solved]
+
+
+def _solver(order: Order, block: int, sweeps: int, backend: Backend) -> Solver:
+    if order == "sensitivity":
+        return partial(_solve_reranked, block=block, sweeps=sweeps, backend=backend)
+    if order == "obq":
+        return partial(_solve_greedy, block=block, backend=backend)
+    if order == "nearest":
+        return _solve_nearest
+    return partial(_solve_static, order=order, block=block, backend=backend)
+
+
 def _climb(
+    solver: Solver,
     weight: Tensor,
     hessian: Tensor,
     scale: Tensor,
     zero_point: Tensor,
     qmax: int,
-    order: Order,
-    block: int,
     damp: float,
-    backend: Backend,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solve with the first damping of the ladder that works for each problem, else round.
 
     ->  codes uint8 [B, R, C], order of columns int64 [B, C], damping [B], fallback bool [B]
     """
     B, R, C = weight.shape
-    solver = {"sensitivity": _solve_reranked, "obq": _solve_greedy}.get(order, _solve_static)
     codes = torch.empty(B, R, C, dtype=torch.uint8, device=weight.device)
     columns = torch.arange(C, device=weight.device).repeat(B, 1)
     used = torch.full((B,), damp, dtype=torch.float64, device=weight.device)
     left = torch.arange(B, device=weight.device)
     for factor in DAMP_LADDER:
         rung = damp if factor == 1 else max(damp, SMALLEST_RETRY) * factor
-        found, ranked, solved = solver(
-            weight[left], damped(hessian[left], rung), scale[left], zero_point[left],
-            qmax, order, block, backend,
-        )  # fmt: skip
-        codes[left], columns[left], used[left] = found, ranked, rung
+        codes[left], columns[left], solved = solver(
+            weight[left], damped(hessian[left], rung), scale[left], zero_point[left], qmax
+        )
+        used[left] = rung
         left = left[~solved]
         if len(left) == 0:
             break
     fallback = torch.zeros(B, dtype=torch.bool, device=weight.device)
     if len(left):
         fallback[left] = True
-        columns[left] = torch.arange(C, device=weight.device)
-        codes[left] = _round(weight[left], scale[left], zero_point[left], qmax)
-    return codes, None if order == "obq" else columns, used, fallback
+        codes[left], columns[left], _ = _solve_nearest(
+            weight[left], hessian[left], scale[left], zero_point[left], qmax
+        )
+    return codes, columns, used, fallback
 
 
-def _round(weight: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Tensor:
-    """Round to nearest on a given grid: codes uint8 [B, R, C]"""
-    G = scale.shape[2]
-    grouped = weight.unflatten(2, (G, -1))
+def _solve_nearest(
+    weight: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor, qmax: int
+) -> Solved:
+    """Round to nearest, blind to the Hessian: the baseline, and the last resort."""
+    grouped = weight.unflatten(2, (scale.shape[2], -1))
     code = reference.to_code(grouped, scale[..., None], zero_point[..., None], qmax)
-    return code.flatten(2).to(torch.uint8)
-
-
-# The three solvers below have one signature:
-#   weight [B, R, C], damped hessian [B, C, C], scale and zero_point [B, R, G]
-#   -> codes uint8 [B, R, C], order of columns int64 [B, C], solved bool [B]
-Solved = tuple[Tensor, Tensor, Tensor]
+    natural = torch.arange(weight.shape[2], device=weight.device).expand(len(weight), -1)
+    solved = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+    return code.flatten(2).to(torch.uint8), natural, solved
 
 
 def _solve_static(
@@ -295,6 +332,7 @@ def _solve_static(
     scale: Tensor,
     zero_point: Tensor,
     qmax: int,
+    *,
     order: Order,
     block: int,
     backend: Backend,
@@ -330,11 +368,12 @@ def _solve_reranked(
     scale: Tensor,
     zero_point: Tensor,
     qmax: int,
-    order: Order,
+    *,
     block: int,
+    sweeps: int,
     backend: Backend,
 ) -> Solved:
-    """Tile after tile: rank the columns that remain, quantize the most sensitive, update the rest."""
+    """Tile after tile: rank the remaining columns, quantize the most sensitive, update the rest."""
     B, R, C = weight.shape
     group_size = C // scale.shape[2]
     a, solved = inverse(hessian)
@@ -350,8 +389,9 @@ def _solve_reranked(
             w[:, rest].mT, scale, zero_point, columns[:, rest] // group_size,
             a[:, rest, rest].diagonal(dim1=1, dim2=2), qmax, backend,
         )  # fmt: skip
-        ranking = cost.argsort(dim=1, descending=True, stable=True)
-        move = to_front(ranking[:, : end - start], C - start)
+        picked = cost.argsort(dim=1, descending=True, stable=True)[:, : end - start]
+        picked = picked.gather(1, _by_curvature(permuted(a[:, rest, rest], picked)))
+        move = to_front(picked, C - start)
         bring_forward(w[:, rest], move, 1)
         bring_forward(columns[:, rest], move, 1)
         bring_forward(a[:, rest, rest], move, 1)
@@ -361,11 +401,13 @@ def _solve_reranked(
         solved = solved & (info == 0)
         identity = torch.eye(end - start, device=w.device).expand_as(lower)
         root = torch.linalg.solve_triangular(lower, identity, upper=False).mT  # U^-1
-        feedback = root / root.diagonal(dim1=1, dim2=2)[:, None, :]
-        code, error = ops.solve_tile(
-            w[:, tile].mT, w[:, tile].mT, feedback,
-            scale, zero_point, columns[:, tile] // group_size, qmax, backend,
-        )  # fmt: skip
+        now = w[:, tile].mT
+        grid = (scale, zero_point, columns[:, tile] // group_size, qmax)
+        code, error = ops.solve_tile(now, now, _by_diagonal(root), *grid, backend)
+        if sweeps and end - start > 1:
+            ops.refine_tile(
+                now, now, _by_diagonal(root @ root.mT), *grid, code, error, sweeps, backend
+            )
         codes[:, tile] = code.mT
         solved = solved & error.flatten(1).isfinite().all(1)
         if end < C:
@@ -376,18 +418,34 @@ def _solve_reranked(
     return torch.empty_like(codes).scatter_(1, index, codes).mT, columns, solved
 
 
+def _by_curvature(inverse: Tensor) -> Tensor:
+    """Columns of a tile, largest (A_TT^-1)_cc first: A_TT [B, T, T]  ->  int64 [B, T]
+
+    That is the activation order given that the columns outside the tile will compensate.
+    """
+    lower, _ = torch.linalg.cholesky_ex(inverse)
+    identity = torch.eye(lower.shape[1], device=lower.device).expand_as(lower)
+    curvature = torch.linalg.solve_triangular(lower, identity, upper=False).square().sum(1)
+    return curvature.argsort(dim=1, descending=True, stable=True)
+
+
+def _by_diagonal(matrix: Tensor) -> Tensor:
+    """Each column divided by its diagonal element; [B, T, T]"""
+    return matrix / matrix.diagonal(dim1=1, dim2=2)[:, None, :]
+
+
 def _solve_greedy(
     weight: Tensor,
     hessian: Tensor,
     scale: Tensor,
     zero_point: Tensor,
     qmax: int,
-    order: Order,
+    *,
     block: int,
     backend: Backend,
 ) -> Solved:
     """Exact OBQ; it has no order of columns, so the natural one stands in its place."""
     a, solved = inverse(hessian)
-    codes = solve_obq(weight, a.float(), scale, zero_point, qmax, block, backend)
+    codes, finite = solve_obq(weight, a.float(), scale, zero_point, qmax, block, backend)
     natural = torch.arange(weight.shape[2], device=weight.device).expand(len(weight), -1)
-    return codes, natural, solved
+    return codes, natural, solved & finite

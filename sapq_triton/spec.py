@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 ScaleSearch = Literal["absmax", "mse"]
 Order = Literal[
-    "sensitivity", "sensitivity-static", "activation", "min-pivot", "natural", "obq"
+    "sensitivity", "sensitivity-static", "activation", "min-pivot", "natural", "obq", "nearest"
 ]
 
 # the range of a group is shrunk to these fractions of its extremes; the first one that wins stays

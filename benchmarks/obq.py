@@ -1,0 +1,306 @@
+"""SAPQ against exact OBQ on the layers of ResNet-50 with 512 columns or more, on one device.
+
+    python -m benchmarks.obq --json obq.json
+
+SAPQ      sapq_triton.solve(order="sensitivity"), whole: grid search, checks and report included.
+OBQ       sapq_triton's exact OBQ with delayed updates, without grid search, checks and report.
+          Timed on a sample of rows and scaled linearly to all of them; the inverse of the Hessian,
+          which the rows share at the start, is computed and counted once. Rows at a time and block
+          are the fastest of those tried, for each number of columns.
+literal   the same algorithm as published: after each weight a rank-one update of the inverse of
+          every row. Timed on fewer rows and on its first steps, all of which cost the same, and
+          scaled linearly to all.
+
+Before anything is timed the two forms of OBQ must choose the same codes in float64, and OBQ as it
+is timed must have the layer error that it has in float64.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import environment, interleaved, markdown, synchronize
+from benchmarks.shapes import Layer, distinct, problem, resnet50
+from sapq_triton import QuantSpec, SolveResult, layer_error, solve
+from sapq_triton.hessian import damped, inverse
+from sapq_triton.obq import solve_obq
+from sapq_triton.ops import Backend
+from sapq_triton.solver import dequantize
+
+SPEC = QuantSpec(bits=4)
+DAMP = 0.01
+MIN_COLUMNS, QUICK_COLUMNS = 512, 576
+CHUNK_BYTES = 2**29  # of inverses that rows at a time may take
+BLOCKS = (16, 256)  # the smallest and the largest that are tried
+CHECK_BYTES, LITERAL_BYTES = 2e10, 4e9  # memory that the literal form may move, where it is sampled
+
+
+class Literal(NamedTuple):
+    """Columns in the order in which they were quantized, and their codes: [N, steps] each."""
+
+    picked: Tensor
+    codes: Tensor
+
+
+def literal_obq(
+    weight: Tensor, inverse: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, steps: int
+) -> Literal:
+    """Frantar & Alistarh 2022, arXiv 2208.11580, algorithm 3 with its outlier rule, N rows at once.
+
+    weight [N, C], inverse [C, C], scale, zero_point [N, G]
+    """
+    N, C = weight.shape
+    w, a = weight.clone(), inverse.repeat(N, 1, 1)
+    s, z = (grid.repeat_interleave(C // grid.shape[1], 1) for grid in (scale, zero_point))
+    each = torch.arange(N, device=w.device)
+    done = torch.zeros(N, C, dtype=torch.bool, device=w.device)
+    picked = torch.empty(N, steps, dtype=torch.int64, device=w.device)
+    codes = torch.empty(N, steps, dtype=torch.uint8, device=w.device)
+    for step in range(steps):
+        code = ((w / s).round() + z).clamp(0, qmax)
+        delta = w - (code - z) * s
+        error = delta.square().masked_fill(done, -1)
+        cost = (error / a.diagonal(dim1=1, dim2=2)).masked_fill(done, torch.inf)
+        outlier = (error > s.square() / 4).any(1)
+        j = torch.where(outlier, error.argmax(1), cost.argmin(1))
+        row = a[each, j]
+        share = row / row[each, j, None]
+        w -= delta[each, j, None] * share
+        a.baddbmm_(row[:, :, None], share[:, None, :], alpha=-1)
+        picked[:, step], codes[:, step] = j, code[each, j]
+        done[each, j] = True
+    return Literal(picked, codes)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How exact OBQ is run: rows at a time, and steps between two updates of their inverses."""
+
+    rows: int
+    block: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Seconds; errors are relative, of the sampled rows."""
+
+    layer: str
+    rows: int
+    columns: int
+    sapq: float
+    obq: float
+    obq_rows: int
+    setting: Setting
+    literal: float
+    literal_rows: int
+    literal_steps: int
+    compared_rows: int
+    compared_steps: int
+    sapq_error: float
+    obq_error: float
+
+    @property
+    def ratio(self) -> float:
+        return self.obq / self.sapq
+
+
+class Problem(NamedTuple):
+    weight: Tensor
+    hessian: Tensor
+    inverse: Tensor
+    result: SolveResult  # of SAPQ, whose grid OBQ rounds to as well
+
+    @classmethod
+    def of(cls, rows: int, columns: int, device: torch.device) -> "Problem":
+        weight, hessian = problem(rows, columns, device=device)
+        result = solve(weight, hessian, SPEC, damp=DAMP)
+        return cls(weight, hessian, shared_inverse(hessian), result)
+
+    def obq(
+        self,
+        rows: slice | Tensor,
+        setting: Setting,
+        dtype: torch.dtype = torch.float32,
+        backend: Backend = "auto",
+    ) -> Tensor:
+        """Codes of these rows, `setting.rows` at a time."""
+        grid = (self.weight, self.result.scale, self.result.zero_point)
+        parts = zip(*(t[rows].to(dtype).split(setting.rows) for t in grid), strict=True)
+        a = self.inverse.to(dtype)[None]
+        return torch.cat([
+            solve_obq(w[None], a, s[None], z[None], SPEC.qmax, setting.block, backend)[0][0]
+            for w, s, z in parts
+        ])  # fmt: skip
+
+    def literal(self, rows: slice, steps: int, dtype: torch.dtype = torch.float32) -> Literal:
+        grid = (self.weight, self.inverse, self.result.scale, self.result.zero_point)
+        w, a, s, z = (t.to(dtype) for t in grid)
+        return literal_obq(w[rows], a, s[rows], z[rows], SPEC.qmax, steps)
+
+    def error(self, codes: Tensor, rows: Tensor) -> float:
+        """Relative layer error of these rows."""
+        w = self.weight[rows]
+        q = dequantize(codes, self.result.scale[rows], self.result.zero_point[rows])
+        zero = torch.zeros_like(w)
+        return (layer_error(w, q, self.hessian) / layer_error(w, zero, self.hessian)).item()
+
+
+def shared_inverse(hessian: Tensor) -> Tensor:
+    return inverse(damped(hessian[None], DAMP))[0][0].float()
+
+
+def literal_size(columns: int, itemsize: int, budget: float) -> tuple[int, int]:
+    """Rows and steps within the bytes that the literal form may move."""
+    each = 2 * itemsize * columns**2  # read and written for each weight
+    steps = int(min(columns, max(32, budget / each)))
+    return int(min(8, max(1, budget / each / steps))), steps
+
+
+def check(made: Problem) -> tuple[int, int]:
+    """Both forms of OBQ must choose the same codes; returns the rows and steps compared."""
+    rows, steps = literal_size(made.weight.shape[1], 8, CHECK_BYTES)
+    rows = min(rows, len(made.weight))
+    expected = made.literal(slice(rows), steps, torch.float64)
+    actual = made.obq(slice(rows), Setting(rows, 32), torch.float64, "reference").gather(
+        1, expected.picked
+    )
+    if not torch.equal(actual, expected.codes):
+        same = (actual == expected.codes).double().mean().item()
+        raise AssertionError(f"the two forms of OBQ agree on {same:.4f} of the codes only")
+    return rows, steps
+
+
+def check_setting(made: Problem, setting: Setting) -> None:
+    """OBQ as it is timed must be as good as in float64: a row may differ at a close call."""
+    rows = torch.arange(min(len(made.weight), 2 * setting.rows, 8))
+    expected = made.error(made.obq(rows, Setting(len(rows), 32), torch.float64, "reference"), rows)
+    actual = made.error(made.obq(rows, setting), rows)
+    if abs(actual / expected - 1) > 0.05:
+        raise AssertionError(
+            f"OBQ with {setting} has error {actual:.4g}, in float64 {expected:.4g}"
+        )
+
+
+def fastest(made: Problem, device: torch.device) -> Setting:
+    """Doubling and halving what is fastest so far, until neither helps."""
+    R, C = made.weight.shape
+    most = max(1, min(R, CHUNK_BYTES // (4 * C * C)))
+
+    @cache
+    def per_row(setting: Setting) -> float:
+        times: list[float] = []
+        while sum(times) < 0.2:
+            start = time.perf_counter()
+            made.obq(slice(setting.rows), setting)
+            synchronize(device)
+            times.append(time.perf_counter() - start)
+        return min(times) / setting.rows
+
+    best = Setting(min(4, most) if device.type == "cpu" else most, 64)
+    while True:
+        near = [Setting(best.rows, block) for block in (best.block // 2, best.block * 2)]
+        near += [Setting(rows, best.block) for rows in (best.rows // 4, best.rows * 4)]
+        legal = [n for n in near if 1 <= n.rows <= most and BLOCKS[0] <= n.block <= BLOCKS[1]]
+        better = min(legal, key=per_row, default=best)
+        if per_row(better) >= per_row(best):
+            return best
+        best = better
+
+
+def measure(layer: Layer, setting_of: Callable[[Problem], Setting], device: torch.device) -> Row:
+    R, C = layer.rows, layer.columns
+    made = Problem.of(R, C, device)
+    compared = check(made)
+    setting = setting_of(made)
+    check_setting(made, setting)
+    # a GPU does all rows; a CPU a sample, evenly spaced
+    sample = R if device.type == "cuda" else min(R, max(setting.rows, 2))
+    picked = torch.linspace(0, R - 1, sample, device=device).long()
+    rows, steps = literal_size(C, 4, LITERAL_BYTES)
+    rows = min(rows, R)
+    calls = {
+        "sapq": lambda: solve(made.weight, made.hessian, SPEC, damp=DAMP),
+        "inverse": lambda: shared_inverse(made.hessian),
+        "obq": lambda: made.obq(picked, setting),
+        "literal": lambda: made.literal(slice(rows), steps),
+    }
+    taken = interleaved(calls, device, budget=5.0)
+    return Row(
+        layer.name, R, C,
+        sapq=taken["sapq"],
+        obq=taken["inverse"] + taken["obq"] * R / sample,
+        obq_rows=sample,
+        setting=setting,
+        literal=taken["inverse"] + taken["literal"] * R / rows * C / steps,
+        literal_rows=rows,
+        literal_steps=steps,
+        compared_rows=compared[0],
+        compared_steps=compared[1],
+        sapq_error=made.error(made.result.codes[picked], picked),
+        obq_error=made.error(made.obq(picked, setting), picked),
+    )  # fmt: skip
+
+
+HEADER = (
+    "layer", "shape", "SAPQ s", "OBQ s", "from", "OBQ / SAPQ", "literal OBQ s", "from",
+    "literal / SAPQ", "error SAPQ", "error OBQ",
+)  # fmt: skip
+
+
+def cells(row: Row) -> tuple[object, ...]:
+    sampled = f"{row.obq_rows} of {row.rows} rows" if row.obq_rows < row.rows else "all rows"
+    steps = f"{row.literal_rows} rows, {row.literal_steps} of {row.columns} steps"
+    return (
+        row.layer, f"{row.rows}x{row.columns}", row.sapq, row.obq, sampled, row.ratio,
+        row.literal, steps, row.literal / row.sapq, row.sapq_error, row.obq_error,
+    )  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.obq", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--quick", action="store_true", help=f"up to {QUICK_COLUMNS} columns only")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU where there is one")
+    parser.add_argument("--commit", help="where there is no git to ask")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    most = QUICK_COLUMNS if options.quick else float("inf")
+    chosen = [layer for layer in distinct(resnet50()) if MIN_COLUMNS <= layer.columns <= most]
+
+    settings: dict[int, Setting] = {}
+
+    def setting_of(made: Problem) -> Setting:
+        columns = made.weight.shape[1]
+        if columns not in settings:
+            settings[columns] = fastest(made, device)
+        return settings[columns]
+
+    rows = []
+    # the most rows first: they allow every number of rows at a time
+    for layer in sorted(chosen, key=lambda layer: (layer.columns, -layer.rows)):
+        rows.append(measure(layer, setting_of, device))
+        print(f"{layer.name} {layer.rows}x{layer.columns}: {rows[-1].ratio:.1f}", file=sys.stderr)
+    where = environment(device, of=options.commit)
+    print("{device}, {threads} threads, torch {torch}, {commit}\n".format(**where))
+    print(markdown(HEADER, map(cells, rows)))
+    print(f"\nsmallest OBQ / SAPQ: {min(row.ratio for row in rows):.1f}")
+    if options.json:
+        report = {
+            "environment": where,
+            "layers": [asdict(row) | {"ratio": row.ratio} for row in rows],
+        }
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,340 @@
+"""Forward passes in lockstep, and the moments taken on the way."""
+
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sapq_triton import calibrate
+from sapq_triton.calibrate import ChannelMoments, Lockstep
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) == before
+
+
+class Trace:
+    """Passes that walk from station to station, and what happened in which order.
+
+    "0>a": pass 0 arrives at station a, "a": the action of a is done, "0.": pass 0 is finished.
+    """
+
+    def __init__(self, *routes: str, order: str = "abcdef") -> None:
+        self.events: list[str] = []
+        self.running = 0
+        passes = [partial(self._walk, number, route) for number, route in enumerate(routes)]
+        self.lockstep = Lockstep(passes, {station: rank for rank, station in enumerate(order)})
+
+    def _walk(self, number: int, route: str) -> None:
+        for station in route:
+            self._work(f"{number}>{station}")
+            self.lockstep.meet(station, partial(self._work, station))
+        self._work(f"{number}.")
+
+    def _work(self, event: str) -> None:
+        self.running += 1
+        time.sleep(0.0005)  # a chance for another pass to run at the same time
+        assert self.running == 1
+        self.events.append(event)
+        self.running -= 1
+
+    def run(self) -> str:
+        self.lockstep.run()
+        return " ".join(self.events)
+
+
+@pytest.mark.parametrize(
+    ("routes", "expected"),
+    [
+        pytest.param([], "", id="no-pass"),
+        pytest.param([""], "0.", id="no-station"),
+        pytest.param(["ab"], "0>a a 0>b b 0.", id="one-pass"),
+        pytest.param(
+            ["ab", "ab", "ab"],
+            "0>a 1>a 2>a a 0>b 1>b 2>b b 0. 1. 2.",
+            id="all-alike",
+        ),
+        pytest.param(["ba", "ab"], "0>b 1>a a 1>b b 0>a 1. a 0.", id="against-the-order"),
+        pytest.param(
+            ["abc", "c", "bc"],
+            "0>a 1>c 2>b a 0>b b 0>c 2>c c 0. 1. 2.",
+            id="stations-skipped",
+        ),
+        pytest.param(["", "a", ""], "0. 1>a 2. a 1.", id="passes-that-end-early"),
+        pytest.param(["ac", "bc"], "0>a 1>b a 0>c b 1>c c 0. 1.", id="branches"),
+        pytest.param(["aa", "a"], "0>a 1>a a 0>a 1. a 0.", id="station-met-twice"),
+        pytest.param(
+            ["za", "zyb"], "0>z 1>z z 0>a 1>y a 0. y 1>b b 1.", id="unknown-stations-last"
+        ),
+    ],
+)
+def test_passes_meet_in_order(routes: list[str], expected: str) -> None:
+    assert Trace(*routes).run() == expected
+
+
+def test_many_passes_do_each_action_once() -> None:
+    trace = Trace(*["abcdef"] * 40)
+    trace.run()
+    assert [event for event in trace.events if event in "abcdef"] == list("abcdef")
+    assert [e for e in trace.events if ">" in e] == [
+        f"{n}>{s}" for s in "abcdef" for n in range(40)
+    ]
+
+
+def test_two_runs_are_alike() -> None:
+    routes = ["abd", "bcd", "acd", "d", "bd"]
+    assert Trace(*routes).run() == Trace(*routes).run()
+
+
+def test_what_an_action_did_is_seen_behind_the_station() -> None:
+    seen: list[int] = []
+    total = 0
+
+    def add(value: int) -> None:
+        nonlocal total
+        total += value
+        lockstep.meet("sum", lambda: None)
+        seen.append(total)
+
+    lockstep = Lockstep([partial(add, value) for value in (1, 2, 3)], {"sum": 0})
+    lockstep.run()
+    assert seen == [6, 6, 6]
+
+
+def test_no_thread_before_it_runs() -> None:
+    before = threading.active_count()
+    trace = Trace("a", "a")
+    assert threading.active_count() == before
+    assert trace.events == []
+
+
+class Accident(Exception):
+    """Raised on purpose."""
+
+
+class Interrupt(BaseException):
+    """Raised on purpose, and no Exception, as KeyboardInterrupt is none."""
+
+
+@pytest.mark.parametrize("kind", [Accident, Interrupt])
+@pytest.mark.parametrize("where", ["start", "middle", "end"])
+def test_error_in_one_pass_ends_all(where: str, kind: type[BaseException]) -> None:
+    left: list[str] = []
+
+    def walk(number: int) -> None:
+        try:
+            for place in ("start", "middle", "end"):
+                if number == 1 and place == where:
+                    raise kind("in pass 1")
+                if place != "end":
+                    lockstep.meet(place, lambda: None)
+            left.append(f"{number} finished")
+        finally:
+            left.append(str(number))
+
+    lockstep = Lockstep([partial(walk, n) for n in range(3)], {"start": 0, "middle": 1})
+    with pytest.raises(kind, match="in pass 1"):
+        lockstep.run()
+    expected = {
+        "start": ["1", "0"],  # pass 2 was never begun
+        "middle": ["1", "0", "2"],
+        "end": ["0 finished", "0", "1", "2"],
+    }
+    assert left == expected[where]
+
+
+def test_error_in_an_action_ends_all() -> None:
+    left: list[int] = []
+
+    def fail() -> None:
+        raise Accident("in the action")
+
+    def walk(number: int) -> None:
+        try:
+            lockstep.meet("a", fail)
+        finally:
+            left.append(number)
+
+    lockstep = Lockstep([partial(walk, number) for number in range(3)], {"a": 0})
+    with pytest.raises(Accident, match="in the action"):
+        lockstep.run()
+    assert left == [0, 1, 2]
+
+
+def test_a_pass_that_handles_exceptions_ends_as_well() -> None:
+    handled: list[Exception] = []
+
+    def walk(number: int) -> None:
+        try:
+            lockstep.meet("a", lambda: None)
+            if number == 1:
+                raise Accident
+            lockstep.meet("b", lambda: None)
+        except ValueError as error:
+            handled.append(error)
+
+    lockstep = Lockstep([partial(walk, number) for number in range(3)], {"a": 0, "b": 1})
+    with pytest.raises(Accident):
+        lockstep.run()
+    assert handled == []
+
+
+def test_a_pass_that_meets_again_on_its_way_out_does_not_hang() -> None:
+    def walk(number: int) -> None:
+        try:
+            lockstep.meet("a", lambda: None)
+            if number == 0:
+                raise Accident
+        finally:
+            lockstep.meet("b", lambda: None)
+
+    lockstep = Lockstep([partial(walk, number) for number in range(3)], {"a": 0, "b": 1})
+    with pytest.raises(Accident):
+        lockstep.run()
+
+
+def test_no_gradients_inside_and_the_mode_of_the_caller_outside() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    inside: list[bool] = []
+
+    def run() -> None:
+        inside.append((weight * 2).requires_grad)
+        lockstep.meet("a", lambda: None)
+        inside.append((weight * 2).requires_grad)
+
+    lockstep = Lockstep([run, run], {"a": 0})
+    lockstep.run()
+    assert inside == [False] * 4
+    assert (weight * 2).requires_grad
+
+
+def one_shot(values: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    rest = [d for d in range(values.ndim) if d != axis]
+    variance, mean = torch.var_mean(values.double(), rest, correction=0)
+    return mean, variance
+
+
+def assert_moments(moments: ChannelMoments, values: Tensor, axis: int) -> None:
+    mean, variance = one_shot(values, axis)
+    assert moments.mean is not None
+    assert moments.mean.dtype == moments.variance.dtype == torch.float64
+    assert moments.count == values.numel() // values.shape[axis]
+    torch.testing.assert_close(moments.mean, mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(moments.variance, variance, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((60, 5), 1), ((24, 3, 4, 5), 1), ((24, 5, 7), 2), ((24, 4, 2, 3, 2), 1)],
+    ids=["rows", "images", "tokens", "volumes"],
+)
+@pytest.mark.parametrize("sizes", [None, [1, 2, 21], [8, 8, 8], [0, 5, 0, 19]], ids=str)
+def test_moments_of_chunks(shape: tuple[int, ...], axis: int, sizes: list[int] | None) -> None:
+    channels = [-1 if d == axis else 1 for d in range(len(shape))]
+    offset = torch.linspace(-3, 100, shape[axis]).view(channels)
+    values = torch.randn(shape) * torch.linspace(0.1, 10, shape[axis]).view(channels) + offset
+    sizes = sizes or [len(values)]
+    sizes = [*sizes[:-1], len(values) - sum(sizes[:-1])]
+    moments = ChannelMoments()
+    for chunk in values.split(sizes):
+        moments.add(chunk, axis)
+    assert_moments(moments, values, axis)
+
+
+def test_moments_of_a_large_mean() -> None:
+    values = 1000 + torch.randn(64, 3, 4, 4)
+    moments = ChannelMoments()
+    for chunk in values.split(1):
+        moments.add(chunk, 1)
+    mean, variance = one_shot(values, 1)
+    assert moments.mean is not None
+    torch.testing.assert_close(moments.mean, mean, rtol=1e-7, atol=0)
+    torch.testing.assert_close(moments.variance, variance, rtol=1e-3, atol=0)
+
+
+def test_moments_without_a_batch_axis() -> None:
+    rows, image = torch.randn(9, 5), torch.randn(3, 4, 6)
+    of_rows, of_image = ChannelMoments(), ChannelMoments()
+    for row in rows:
+        of_rows.add(row, 0)
+    of_image.add(image, 0)
+    assert_moments(of_rows, rows, 1)
+    assert_moments(of_image, image, 0)
+
+
+def test_moments_of_half_precision_are_taken_in_full() -> None:
+    values = (300 + torch.randn(2000, 2)).half()
+    moments = ChannelMoments()
+    moments.add(values, 1)
+    assert_moments(moments, values, 1)
+
+
+def test_moments_of_a_constant_channel() -> None:
+    moments = ChannelMoments()
+    for _ in range(3):
+        moments.add(torch.full((7, 2, 5), 0.1), 1)
+    assert torch.equal(moments.variance, torch.zeros(2).double())
+
+
+def test_masked_tokens_do_not_count() -> None:
+    values = torch.randn(4, 6, 3)
+    mask = torch.rand(4, 6) < 0.5
+    values[~mask] = torch.nan
+    mask[2] = False  # a chunk of which nothing is left
+    moments = ChannelMoments()
+    for chunk, part in zip(values.split(1), mask.split(1), strict=True):
+        moments.add(chunk, 2, part)
+    assert_moments(moments, values[mask], 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((4, 6, 3), 1), ((24, 3), 1), ((4, 1, 6, 3), 3)], ids=str
+)
+def test_mask_of_another_shape_is_ignored(shape: tuple[int, ...], axis: int) -> None:
+    values, moments = torch.randn(shape), ChannelMoments()
+    moments.add(values, axis, torch.zeros(4, 6, dtype=torch.bool))
+    assert_moments(moments, values, axis)
+
+
+def test_moments_of_nothing() -> None:
+    moments = ChannelMoments()
+    moments.add(torch.ones(0, 3), 1)
+    assert moments.mean is None and moments.count == 0
+    with pytest.raises(ValueError, match="no values were added"):
+        _ = moments.variance
+
+
+def test_hessians_of_a_model() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.unused, self.last = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.last(input=self.first(x))
+            return result
+
+    model, x = Model().double(), torch.randn(10, 4).double()
+    hessians = calibrate.collect_hessians(model, x.split(4), dtype=torch.float64)
+    hidden = model.first(x)
+    assert list(hessians) == ["first", "last"]
+    torch.testing.assert_close(hessians["first"], 2 / 10 * x.T[None] @ x)
+    torch.testing.assert_close(hessians["last"], (2 / 10 * hidden.T[None] @ hidden).detach())
+
+
+def test_hessians_leave_no_hooks_after_an_error() -> None:
+    model = nn.Linear(4, 3)
+
+    def fail(model: nn.Module, batch: Tensor) -> None:
+        raise Accident
+
+    with pytest.raises(Accident):
+        calibrate.collect_hessians(model, [torch.ones(1, 4)], forward=fail)
+    assert not model._forward_pre_hooks

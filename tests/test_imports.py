@@ -1,0 +1,68 @@
+"""Which file may import which: the dependency rule as a test."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KERNEL = {"rounding", "triangle"}
+KERNEL_OUTSIDE = {"torch", "triton"}
+
+# file -> modules of ours that it may import: nothing that knows models, files or devices' names
+MAY_IMPORT = {
+    "spec": set(),
+    "window": set(),
+    "tile": set(),
+    "reference": {"window"},
+    "ops": {"reference", "window", "kernels"},
+    "hessian": {"ops", "window"},
+    "order": {"ops", "spec", "hessian"},
+    "obq": {"ops", "tile"},
+    "solver": {"spec", "reference", "ops", "tile", "order", "hessian", "obq"},
+}
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """Modules of this project and of others that a file imports, at any depth of its code."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            ours |= {node.module} if node.module else {alias.name for alias in node.names}
+            continue
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        others |= set(names)
+    return {name.split(".")[0] for name in ours}, others
+
+
+def packages(names: set[str]) -> set[str]:
+    """Top-level packages, without the standard library."""
+    return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("kernels/*.py")), ids=lambda path: path.stem)
+def test_kernels_know_tensors_and_triton(path: Path) -> None:
+    ours, others = imports(path)
+    assert ours <= KERNEL
+    assert packages(others) <= KERNEL_OUTSIDE
+    assert not any(name.startswith("torch.nn") for name in others)
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_imports_point_inward(name: str) -> None:
+    ours, others = imports(ROOT / "sapq_triton" / f"{name}.py")
+    assert ours <= MAY_IMPORT[name]
+    assert packages(others) <= {"torch"}
+    assert not any(other.startswith("torch.nn") for other in others)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("sapq_triton/*.py")), ids=lambda p: p.stem)
+def test_own_modules_are_imported_relatively(path: Path) -> None:
+    """An absolute import of ours may find another installation, and escapes the tests above."""
+    assert not packages(imports(path)[1]) & {"sapq_triton", "kernels"}
