@@ -207,6 +207,11 @@ class Gate:
                     "ok": error <= HESSIAN_TOLERANCE,
                 }
 
+    def ceilings(self) -> Iterator[Result]:
+        for name, rate in ceilings(self.device).items():
+            unit = "GB/s" if name == "copy" else "TFLOP/s"
+            yield {"ceiling": name, "rate": rate, "unit": unit, "ok": True}
+
     def solve_times(self) -> Iterator[Result]:
         """The shapes whose results `parity` has compared."""
         for R, C in self.sizes.solves:
@@ -324,10 +329,6 @@ def text(report: Result) -> str:
         f"Python {where['python']}. Times are medians in seconds.",
         *(f"**{failure}**" for failure in report["failures"]),
     ]
-    if report["ceilings"]:
-        units = {"copy": "GB/s", "float32": "TFLOP/s", "bfloat16": "TFLOP/s"}
-        measured = (f"{name} {rate:.4g} {units[name]}" for name, rate in report["ceilings"].items())
-        parts.append("Ceilings: " + ", ".join(measured) + ".")
     for name, rows in report["stages"].items():
         if rows:
             parts += [f"## {name}, {report['seconds'].get(name, 0):.0f} s", table(rows)]
@@ -358,6 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "parity": gate.parity,
         "determinism": gate.determinism,
         "hessian": gate.hessian,
+        "ceilings": gate.ceilings,
         "solve_times": gate.solve_times,
         "hessian_times": gate.hessian_times,
         "kernel_times": gate.kernel_times,
@@ -370,7 +372,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "tested": not options.no_tests,
         "passed": False,
         "failures": [],
-        "ceilings": {},
         "seconds": {},
         "stages": {},
     }
@@ -379,8 +380,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
 
     def write(report: Result) -> None:
-        if any(stage.endswith("_times") for stage in report["stages"]):
-            report["ceilings"] = ceilings(device)
         (options.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
         (options.out / f"{name}.md").write_text(text(report))
 

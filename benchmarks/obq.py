@@ -39,9 +39,11 @@ from sapq_triton.solver import dequantize
 SPEC = QuantSpec(bits=4)
 DAMP = 0.01
 MIN_COLUMNS, QUICK_COLUMNS = 512, 576
-CHUNK_BYTES = 2**29  # of inverses that rows at a time may take
 BLOCKS = (16, 256)  # the smallest and the largest that are tried
+# bytes of inverses that rows at a time may take on a CPU, and those that are tried first
+CHUNK_BYTES, CHUNK_AT_FIRST = 2**29, 2**26
 CHECK_BYTES, LITERAL_BYTES = 2e10, 4e9  # memory that the literal form may move, where it is sampled
+CHECK_STEPS = 4 * 10**10  # elements of inverses that OBQ may update where its setting is checked
 
 
 class Literal(NamedTuple):
@@ -181,8 +183,10 @@ def check(made: Problem) -> tuple[int, int]:
 
 def check_setting(made: Problem, setting: Setting) -> None:
     """OBQ as it is timed must be as good as in float64: a row may differ at a close call."""
-    rows = torch.arange(min(len(made.weight), 2 * setting.rows, 8))
-    expected = made.error(made.obq(rows, Setting(len(rows), 32), torch.float64, "reference"), rows)
+    R, C = made.weight.shape
+    rows = torch.arange(min(R, 8, max(2, CHECK_STEPS // C**3)))
+    fresh = made._replace(inverse=shared_inverse(made.hessian))
+    expected = made.error(fresh.obq(rows, Setting(len(rows), 32), torch.float64, "reference"), rows)
     actual = made.error(made.obq(rows, setting), rows)
     if abs(actual / expected - 1) > 0.05:
         raise AssertionError(
@@ -193,7 +197,8 @@ def check_setting(made: Problem, setting: Setting) -> None:
 def fastest(made: Problem, device: torch.device) -> Setting:
     """Doubling and halving what is fastest so far, until neither helps."""
     R, C = made.weight.shape
-    most = max(1, min(R, CHUNK_BYTES // (4 * C * C)))
+    memory = CHUNK_BYTES if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] // 4
+    most = max(1, min(R, memory // (4 * C * C)))
 
     @cache
     def per_row(setting: Setting) -> float:
@@ -205,7 +210,8 @@ def fastest(made: Problem, device: torch.device) -> Setting:
             times.append(time.perf_counter() - start)
         return min(times) / setting.rows
 
-    best = Setting(min(4, most) if device.type == "cpu" else most, 64)
+    few = max(1, min(4, R, CHUNK_AT_FIRST // (4 * C * C)))
+    best = Setting(few if device.type == "cpu" else most, 64)
     while True:
         near = [Setting(best.rows, block) for block in (best.block // 2, best.block * 2)]
         near += [Setting(rows, best.block) for rows in (best.rows // 4, best.rows * 4)]
@@ -227,10 +233,11 @@ def measure(layer: Layer, setting_of: Callable[[Problem], Setting], device: torc
     picked = torch.linspace(0, R - 1, sample, device=device).long()
     rows, steps = literal_size(C, 4, LITERAL_BYTES)
     rows = min(rows, R)
+    codes: dict[str, Tensor] = {}
     calls = {
         "sapq": lambda: solve(made.weight, made.hessian, SPEC, damp=DAMP),
         "inverse": lambda: shared_inverse(made.hessian),
-        "obq": lambda: made.obq(picked, setting),
+        "obq": lambda: codes.update(obq=made.obq(picked, setting)),
         "literal": lambda: made.literal(slice(rows), steps),
     }
     taken = interleaved(calls, device, budget=5.0)
@@ -246,7 +253,7 @@ def measure(layer: Layer, setting_of: Callable[[Problem], Setting], device: torc
         compared_rows=compared[0],
         compared_steps=compared[1],
         sapq_error=made.error(made.result.codes[picked], picked),
-        obq_error=made.error(made.obq(picked, setting), picked),
+        obq_error=made.error(codes["obq"], picked),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ instructions  of the whole kernel in machine code (SASS, AMD GCN), the padding a
 step          of solve_tile and refine_tile on NVIDIA, whose SUB column steps are unrolled: SASS
               instructions from the store of one column's codes to that of the next, median of the
               SUB - 1 gaps
-all           the same with the addresses and loads that the compiler moved ahead of the steps: the
+step_all      the same with the addresses and loads that the compiler moved ahead of the steps: the
               loop over sub-tiles, less the loops over other columns within it, divided by SUB
 """
 
@@ -169,7 +169,7 @@ class Cost:
     shared: int
     instructions: int
     step: float | None = None
-    all: float | None = None
+    step_all: float | None = None
 
 
 class Recorder:
@@ -255,7 +255,7 @@ def measure(kernel: str, variant: str, target: str, launch: Recorder) -> Cost:
     )
     code = nvidia_instructions(nvidia_tool("nvdisasm", "-c", binary.asm["cubin"]))
     sub = launch.arguments.get("SUB")
-    step, all_ = (None, None) if sub is None else column_steps(code, sub)
+    step, step_all = (None, None) if sub is None else column_steps(code, sub)
     return Cost(
         kernel, variant, target,
         registers=registers,
@@ -263,7 +263,7 @@ def measure(kernel: str, variant: str, target: str, launch: Recorder) -> Cost:
         shared=shared,
         instructions=sum(not line.endswith(":") for line in code),
         step=step,
-        all=all_,
+        step_all=step_all,
     )  # fmt: skip
 
 
@@ -283,7 +283,7 @@ def nvidia_instructions(listing: str) -> list[str]:
 
 
 def column_steps(code: Sequence[str], sub: int) -> tuple[float, float]:
-    """`step` and `all` of the module docstring"""
+    """`step` and `step_all` of the module docstring"""
     stores = [index for index, line in enumerate(code) if "STG.E.U8" in line]
     if len(stores) != sub:
         raise RuntimeError(
@@ -344,7 +344,7 @@ def measurements(names: Sequence[str], targets: Sequence[str]) -> Iterator[Cost]
 
 def row(cost: Cost) -> str:
     name = f"{cost.kernel} {cost.variant}".strip()
-    steps = "" if cost.step is None else f"{cost.step:8.0f}{cost.all:7.1f}"
+    steps = "" if cost.step is None else f"{cost.step:6.0f}{cost.step_all:9.0f}"
     return (
         f"{name:36}{cost.target:8}{cost.registers:9}{cost.spills:8}{cost.shared:8}"
         f"{cost.instructions:14}{steps}"
@@ -361,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"triton {triton.__version__}")
     print(
         f"{'kernel':36}{'target':8}{'registers':>9}{'spills':>8}{'shared':>8}{'instructions':>14}"
-        f"{'step':>8}{'all':>7}"
+        f"{'step':>6}{'step_all':>9}"
     )
     costs = []
     for cost in measurements(options.kernels, options.targets):

@@ -41,14 +41,15 @@ def _quantize_groups_kernel(
     first = group * group_size
     weight_rows = weight_ptr + batch * stride_wb + rows[:, None] * stride_wr  # [BLOCK_R, 1]
 
-    low = tl.zeros([BLOCK_R], dtype=tl.float32)
-    high = tl.zeros([BLOCK_R], dtype=tl.float32)
+    # reduced after the loop, not in it: triton 3.6 fails to compile the latter
+    lows = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
+    highs = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
     for start in range(0, group_size, BLOCK_C):
         mask = row_mask[:, None] & (start + lanes < group_size)[None, :]
         cols = first + start + lanes
         w = tl.load(weight_rows + cols[None, :] * stride_wc, mask=mask, other=0.0).to(tl.float32)
-        low = tl.minimum(low, tl.min(w, axis=1))
-        high = tl.maximum(high, tl.max(w, axis=1))
+        lows, highs = tl.minimum(lows, w), tl.maximum(highs, w)
+    low, high = tl.min(lows, axis=1), tl.max(highs, axis=1)  # [BLOCK_R]
     top = tl.zeros([BLOCK_R], dtype=tl.float32) + qmax
     if SYMMETRIC:
         full = tl.div_rn(tl.maximum(high, -low), top * 0.5)

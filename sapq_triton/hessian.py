@@ -12,7 +12,7 @@ from .window import Window
 
 
 class HessianSum:
-    """A running, unnormalized X^T X per group, divided once at the end.
+    """Running, unnormalized sums of x and of x x^T per group, divided once at the end.
 
     Sums of several accumulators over parts of the data may simply be added.
     """
@@ -27,11 +27,18 @@ class HessianSum:
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"a Hessian is summed in float32 or float64, got {dtype}")
         self.total = torch.zeros(groups, columns, columns, dtype=dtype, device=device)
+        self.sums = torch.zeros(groups, columns, dtype=dtype, device=device)
         self.rows = 0
 
     def add(self, inputs: Tensor, window: Window | None = None, backend: Backend = "auto") -> None:
         """inputs: [N, C] rows, or with a window an image batch [N, channels, *space], padded."""
         self.rows += ops.accumulate_hessian(self.total, inputs, window, backend)
+        together = inputs.sum(0, keepdim=True, dtype=self.total.dtype)  # patches of a sum of images
+        self.sums += together if window is None else window.patches(together).sum(2)
+
+    def mean(self) -> Tensor:
+        """The mean row, [groups, C]; all zero where no row was seen."""
+        return self.sums / max(self.rows, 1)
 
     def hessian(self) -> Tensor:
         """2/n X^T X, [groups, C, C]; all zero where no row was seen."""

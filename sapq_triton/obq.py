@@ -65,7 +65,7 @@ def _solve_chunk(
         )
         codes.scatter_(1, columns.gather(1, picked), code)
         if start == 0:
-            inverse = inverse.contiguous()
+            inverse = inverse.clone(memory_format=torch.contiguous_format)
         move = to_front(picked, C - start)
         bring_forward(w, move, 1)
         bring_forward(columns, move, 1)

@@ -33,7 +33,7 @@ from .spec import Order, QuantSpec
 
 BatchNormRule = Literal["paired", "reestimate", "keep"]
 Forward = Callable[[nn.Module, Any], object]
-Station = tuple[Literal["solve", "bias", "norm"], str]
+Station = tuple[Literal["solve", "norm"], str]
 
 
 @dataclass
@@ -94,8 +94,9 @@ def quantize(
     batchnorm: "paired" adds to each BatchNorm's statistics the change that quantization caused on
         the calibration data (running_mean += mean_q - mean_fp, running_var *= var_q / var_fp);
         "reestimate" resets and estimates them anew; "keep" leaves them.
-    bias_correction: add to each bias the mean change of the layer's output, where no BatchNorm
-        that is corrected or re-estimated follows.
+    bias_correction: add (W - Q) E[x] to each bias, E[x] the mean input row of the calibration, so
+        that rounding a layer does not shift its mean output (arXiv 1906.04721, 4.2); where no
+        BatchNorm that is corrected or re-estimated follows.
     hessian_dtype: torch.float32 or torch.float64, of the sums and the factorization.
     attention_mask: key of a dict batch; tokens where it is 0 count neither in the Hessians nor in
         the means of layers whose input has its shape. None: every token counts.
@@ -294,14 +295,8 @@ class _Run:
 
     def _saw_layer(self, name: str, module: Layer, args: Any, output: object) -> None:
         self._visit(("solve", name))
-        if not isinstance(output, Tensor):  # of a subclass; there is no bias to correct in it
-            return
-        self._latest = (name, output, output._version)
-        if module.bias is not None:
-            station: Station = ("bias", name)
-            self._visit(station)
-            moments = self.before.setdefault(station, ChannelMoments())
-            moments.add(output, layers.channel_axis(module, output), self._pass.mask)
+        if isinstance(output, Tensor):  # a subclass may return anything
+            self._latest = (name, output, output._version)
 
     def _saw_norm(self, name: str, module: Layer, args: Any, kwargs: Any) -> None:
         station: Station = ("norm", name)
@@ -344,12 +339,6 @@ class _Run:
                         with_kwargs=True,
                     )
                 )
-            if self._corrects_bias(target):
-                hooks.append(
-                    target.module.register_forward_hook(
-                        partial(self._meet_bias, lockstep, target.name, ChannelMoments())
-                    )
-                )
         for name, module in self.norms.items():
             count = self.repeats.get(("norm", name), 0)
             if self._corrects_norm(name):
@@ -372,16 +361,10 @@ class _Run:
         """By the paired rule: what a second call sees depends on the correction of the first."""
         return self.batchnorm == "paired" and self.repeats.get(("norm", name)) == 1
 
-    def _corrects_bias(self, target: _Target) -> bool:
-        norm = self.follower.get(target.name)
+    def _corrects_bias(self, name: str) -> bool:
+        norm = self.follower.get(name)
         handled = norm is not None and (self.batchnorm == "reestimate" or self._corrects_norm(norm))
-        return (
-            self.bias_correction
-            and target.module.bias is not None
-            and not target.repeated
-            and not handled
-            and ("bias", target.name) in self.before
-        )
+        return self.bias_correction and self.modules[name].bias is not None and not handled
 
     def _meet_layer(
         self,
@@ -417,7 +400,10 @@ class _Run:
         total = target.hessian_sum(target.module.weight.device, self.hessian_dtype)
         weight = layers.weight_matrix(target.module)
         result = solve(weight, total.hessian(), target.spec, **self.options)
-        layers.store_weight(target.module, result.dequantize())
+        quantized = result.dequantize()
+        for twin in filter(self._corrects_bias, target.twins):
+            self._correct_bias(twin, weight.float() - quantized, total.mean())
+        layers.store_weight(target.module, quantized)
         report = result.report
         self.layers_done.append(
             LayerReport(
@@ -443,31 +429,11 @@ class _Run:
         target.solved, target.total = True, None
         advance()
 
-    def _meet_bias(
-        self,
-        lockstep: Lockstep,
-        name: str,
-        now: ChannelMoments,
-        module: Layer,
-        args: Any,
-        output: Tensor,
-    ) -> Tensor | None:
-        """The outputs in flight were computed with the old bias: they are shifted as well."""
-        if name in self.corrected:
-            return None
-        axis = layers.channel_axis(module, output)
-        now.add(output, axis, self._pass.mask)
-        old = module.bias.detach().clone()
-        lockstep.meet(("bias", name), partial(self._correct_bias, name, now, module))
-        shift = module.bias.detach() - old
-        return output + shift.view([-1 if d == axis else 1 for d in range(output.ndim)])
-
-    def _correct_bias(self, name: str, now: ChannelMoments, module: Layer) -> None:
-        before = self.before["bias", name].mean
-        shift = torch.zeros(1)
-        if before is not None and now.mean is not None:
-            shift = before - now.mean
-            module.bias.data += shift.to(module.bias)
+    def _correct_bias(self, name: str, lost: Tensor, mean: Tensor) -> None:
+        """b += (W - Q) E[x]: lost W - Q [B, R, C], mean E[x] [B, C]"""
+        shift = (lost.to(mean.dtype) @ mean[:, :, None]).flatten()
+        bias = self.modules[name].bias
+        bias.data += shift.to(bias)
         self.corrected[name] = float(shift.abs().max())
 
     def _meet_norm(

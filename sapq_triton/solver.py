@@ -32,7 +32,7 @@ from .tile import bring_forward, to_front
 
 # factors that the damping takes, one after another, while the Hessian is not positive definite
 DAMP_LADDER = (1.0, 10.0, 100.0, 1000.0, 10000.0)
-SMALLEST_RETRY = 1e-4  # a retry starts from here where `damp` is smaller
+SMALLEST_RETRY = 1e-4  # what a retry multiplies where `damp` is smaller
 
 
 @dataclass(frozen=True)

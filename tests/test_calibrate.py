@@ -93,6 +93,18 @@ def test_two_runs_are_alike() -> None:
     assert Trace(*routes).run() == Trace(*routes).run()
 
 
+def test_first_pass_to_arrive_brings_the_action() -> None:
+    done: list[str] = []
+
+    def walk(number: int) -> None:
+        for visit in range(2):
+            lockstep.meet("a", partial(done.append, f"visit {visit} of pass {number}"))
+
+    lockstep = Lockstep([partial(walk, number) for number in range(3)], {"a": 0})
+    lockstep.run()
+    assert done == ["visit 0 of pass 0", "visit 1 of pass 0"]
+
+
 def test_what_an_action_did_is_seen_behind_the_station() -> None:
     seen: list[int] = []
     total = 0
@@ -187,15 +199,17 @@ def test_a_pass_that_handles_exceptions_ends_as_well() -> None:
 
 
 def test_a_pass_that_meets_again_on_its_way_out_does_not_hang() -> None:
-    def walk(number: int) -> None:
+    def fail() -> None:
+        lockstep.meet("a", lambda: None)
+        raise Accident
+
+    def walk() -> None:
         try:
             lockstep.meet("a", lambda: None)
-            if number == 0:
-                raise Accident
         finally:
             lockstep.meet("b", lambda: None)
 
-    lockstep = Lockstep([partial(walk, number) for number in range(3)], {"a": 0, "b": 1})
+    lockstep = Lockstep([fail, walk, walk], {"a": 0, "b": 1})
     with pytest.raises(Accident):
         lockstep.run()
 

@@ -92,6 +92,8 @@ def test_scores_rank_over_all_images() -> None:
 
 def test_a_wrong_class_finds_nothing() -> None:
     assert evaluate([detections((LEFT, 0.9, 1))], [objects((LEFT, 0))]) == both(0)
+    swapped = [detections((LEFT, 0.9, 1), (RIGHT, 0.8, 0))]
+    assert evaluate(swapped, [objects((LEFT, 0), (RIGHT, 1))]) == both(0)
 
 
 def test_classes_count_alike_and_only_where_shown() -> None:
@@ -109,9 +111,12 @@ def test_iou_decides_at_which_thresholds_a_box_counts() -> None:
 
 
 def test_each_detection_takes_the_object_that_it_overlaps_most() -> None:
-    near = (0, 10, 100, 110)
-    shown = [objects((near, 0), (LEFT, 0))]  # LEFT overlaps both
-    assert evaluate([detections((LEFT, 0.9, 0), (near, 0.8, 0))], shown) == both(1)
+    shifted = (30, 0, 130, 100)
+    shown = [objects((LEFT, 0), (shifted, 0))]
+    # the first overlaps both objects, IoU 0.54 and 1; the second fits LEFT alone, IoU 0.82
+    found = [detections((shifted, 0.9, 0), ((0, 0, 82, 100), 0.8, 0))]
+    expected = (7 + 3 * 51 / 101) / 10  # at thresholds to 0.80 both are found
+    assert evaluate(found, shown) == (pytest.approx(1), pytest.approx(expected))
 
 
 def test_images_without_objects_or_detections() -> None:

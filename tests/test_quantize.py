@@ -1270,7 +1270,7 @@ def test_layer_that_is_given_no_tensor() -> None:
         quantize(model, [[[torch.ones(9, 6)]]], SPEC)
 
 
-def test_triton_backend() -> None:
+def test_triton_backend(device: torch.device) -> None:
     """The kernels, on every kind of layer that they treat differently."""
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1),
@@ -1282,8 +1282,8 @@ def test_triton_backend() -> None:
         nn.AdaptiveAvgPool2d(2),
         nn.Flatten(),
         nn.Linear(12, 4),
-    )
-    data = torch.randn(8, 3, 5, 5).split(4)
+    ).to(device)
+    data = torch.randn(8, 3, 5, 5).split(4)  # moved to where the model is
     expected = quantize(copy.deepcopy(model), data, SPEC, backend="reference", block=8)
     report = quantize(model, data, SPEC, backend="triton", block=8)
     assert_weights_are_codes(model, report)
@@ -1295,8 +1295,9 @@ def test_triton_backend() -> None:
     assert set(report.corrected) == set(expected.corrected)
 
 
-def test_triton_backend_with_tokens_in_float64() -> None:
-    model, batches = Encoder(), [padded(sentences([3, 5])), padded(sentences([4, 2]))]
+def test_triton_backend_with_tokens_in_float64(device: torch.device) -> None:
+    model = Encoder().to(device)
+    batches = [padded(sentences([3, 5])), padded(sentences([4, 2]))]
     expected = copy.deepcopy(model)
     options: dict[str, Any] = dict(hessian_dtype=torch.float64, skip=["lm_head"], block=8)
     was = quantize(expected, batches, SPEC, backend="reference", **options)

@@ -103,6 +103,9 @@ SOLVE: dict[str, tuple[dict[str, Any], str]] = {  # arguments that differ from a
     "block--1": ({"block": -1}, r"block must be .* got -1"),
     "block-float": ({"block": 16.0}, r"block must be .* got 16\.0"),
     "block-bool": ({"block": True}, r"block must be .* got True"),
+    "sweeps-negative": ({"sweeps": -1}, r"sweeps must be an integer, not negative, got -1"),
+    "sweeps-float": ({"sweeps": 2.0}, r"sweeps must be .* got 2\.0"),
+    "sweeps-bool": ({"sweeps": True}, r"sweeps must be .* got True"),
     "damp-negative": ({"damp": -0.01}, r"damp must be a finite number, not negative, got -0\.01"),
     "damp-nan": ({"damp": NAN}, r"damp must be .* got nan"),
     "damp-inf": ({"damp": INF}, r"damp must be .* got inf"),
@@ -253,6 +256,14 @@ OPS: dict[str, tuple[Callable[[], object], str]] = {  # call, message
     "solve_tile-device": (
         lambda: ops.solve_tile(TILE, TILE, A, S, Z.to(META), GROUP, 15),
         "zero_point is on meta, its companion on cpu",
+    ),
+    "refine_tile-codes": (
+        lambda: ops.refine_tile(TILE, TILE, A, S, Z, GROUP, 15, TILE[:, :2], TILE, 1),
+        r"codes must be \[2, 3, 4\], got \[2, 2, 4\]",
+    ),
+    "refine_tile-error": (
+        lambda: ops.refine_tile(TILE, TILE, A, S, Z, GROUP, 15, TILE, TILE[0], 1),
+        r"error must be \[2, 3, 4\], got \[3, 4\]",
     ),
     "compensate-error": (
         lambda: ops.compensate(TILE, torch.ones(2, 3, 5), torch.ones(2, 6, 4)),

@@ -1,0 +1,140 @@
+"""Every kernel compiles for every target, within its budget of registers and instructions."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import static
+
+ROOT = Path(__file__).parents[1]
+TOOLS = ("ptxas", "cuobjdump", "nvdisasm")
+# two runs at a time, about as long as each other
+SHARES = (("sm_80", "gfx942"), ("sm_90", "sm_100"))
+
+needs_tools = pytest.mark.skipif(
+    not all((static.NVIDIA_TOOLS / tool).exists() for tool in TOOLS),
+    reason=f"this triton package does not carry {', '.join(TOOLS)}",
+)
+
+Numbers = list[dict[str, Any]]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """Without the interpreter, and with a cache of its own: everything is compiled here."""
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return variables | {"TRITON_CACHE_DIR": str(cache)}
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> Numbers:
+    folder = tmp_path_factory.mktemp("static")
+    runs = []
+    for share in SHARES:
+        file = folder / f"{share[0]}.json"
+        command = [sys.executable, "-m", "benchmarks.static", "--json", str(file)]
+        run = subprocess.Popen(
+            [*command, "--targets", *share],
+            cwd=ROOT,
+            env=environment(folder / share[0]),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        runs.append((run, file))
+    found: Numbers = []
+    for run, file in runs:
+        output, _ = run.communicate()
+        assert run.returncode == 0, output
+        found += json.loads(file.read_text())
+    return found
+
+
+@needs_tools
+def test_every_kernel_compiles_for_every_target(numbers: Numbers) -> None:
+    kernels = {
+        path.stem
+        for path in (ROOT / "kernels").glob("*.py")
+        if f"def _{path.stem}_kernel(" in path.read_text()
+    }
+    assert len(kernels) >= 7
+    found = {(cost["kernel"], cost["target"]) for cost in numbers}
+    assert found == {(kernel, target) for kernel in kernels for target in static.TARGETS}
+
+
+@needs_tools
+def test_no_kernel_spills(numbers: Numbers) -> None:
+    assert [cost for cost in numbers if cost["spills"] != 0] == []
+    assert all(cost["registers"] > 0 and cost["instructions"] > 0 for cost in numbers)
+
+
+@needs_tools
+def test_a_column_step_is_short(numbers: Numbers) -> None:
+    steps = {
+        cost["variant"]: cost["step"]
+        for cost in numbers
+        if (cost["kernel"], cost["target"]) == ("solve_tile", "sm_90")
+    }
+    assert steps.keys() == static.CASES["solve_tile"].keys()
+    assert all(0 < step <= 70 for step in steps.values()), steps
+
+
+def test_spills_make_the_exit_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for spills in (0, 8):
+        cost = static.Cost("solve_tile", "even", "sm_90", 255, spills, 0, 1000)
+        monkeypatch.setattr(static, "measurements", lambda *_, cost=cost: iter([cost]))
+        assert static.main([]) == (1 if spills else 0)
+        assert ("spills registers" in capsys.readouterr().err) == (spills > 0)
+
+
+def test_steps_are_counted_between_stores_of_codes() -> None:
+    listing = """
+.text.kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   IMAD R2, R1, R1, RZ ;
+.L_x_1:
+        /*0020*/                   FFMA R3, R2, R2, R3 ;
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+        /*0040*/                   FADD R3, R3, R3 ;
+        /*0050*/              @!P0 STG.E.U8 desc[UR12][R10.64], R21 ;
+        /*0060*/                   FADD R3, R3, R3 ;
+        /*0070*/              @!P0 STG.E.U8 desc[UR12][R10.64+0x1], R21 ;
+        /*0080*/               @P1 EXIT ;
+        /*0090*/                   BRA `(.L_x_0) ;
+.L_x_2:
+        /*00a0*/                   BRA `(.L_x_2);
+        /*00b0*/                   NOP;
+"""
+    code = static.nvidia_instructions(listing)
+    assert sum(not line.endswith(":") for line in code) == 11
+    # one gap of two; 0x10 and 0x40 to 0x90 make seven, for two columns
+    assert static.column_steps(code, 2) == (2, 3.5)
+
+
+@pytest.mark.parametrize(
+    "script, interpret, message",
+    [
+        pytest.param("", "1", "TRITON_INTERPRET is set", id="interpreter"),
+        pytest.param("del static.CASES['downdate']; ", "0", "differ: downdate", id="no-case"),
+    ],
+)
+def test_refuses_to_leave_a_kernel_out(
+    script: str, interpret: str, message: str, tmp_path: Path
+) -> None:
+    command = f"from benchmarks import static; {script}static.main([])"
+    run = subprocess.run(
+        [sys.executable, "-c", command],
+        cwd=ROOT,
+        env=environment(tmp_path) | {"TRITON_INTERPRET": interpret},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    assert message in run.stderr
