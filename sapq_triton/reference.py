@@ -121,26 +121,49 @@ def solve_tile(
     error-feedback form of GPTQ (LDLQ; Chee et al. 2023, arXiv 2307.13304, theorem 6).
     """
     T = weight.shape[2]
-    # column-major work space: one column of all rows is contiguous
-    original = weight.mT
-    work = running.mT.clone(memory_format=torch.contiguous_format)
-    s, z = per_column(scale, group).mT.contiguous(), per_column(zero_point, group).mT.contiguous()
-    last = s.shape[1] - 1  # one grid row serves all columns where G is 1
-    codes = torch.empty(work.shape, dtype=torch.uint8, device=weight.device)
+    original, work = weight.mT, running.mT.clone(memory_format=torch.contiguous_format)
+    columns = _Columns(work, scale, zero_point, group, qmax)
     error = torch.empty_like(work)
+    errors, originals = error.unbind(1), original.unbind(1)
     for start in range(0, T, SUB_TILE):
         end = min(start + SUB_TILE, T)
+        inside = feedback[:, start:end, start:end, None]
         for k in range(start, end):
-            s_k, z_k = s[:, min(k, last)], z[:, min(k, last)]
-            code = to_code(work[:, k], s_k, z_k, qmax)  # [B, R]
-            codes[:, k] = code
-            torch.sub(original[:, k], code.sub_(z_k).mul_(s_k), out=error[:, k])
+            torch.sub(originals[k], columns.round(k), out=errors[k])
             if k + 1 < end:
-                step = feedback[:, k, k + 1 : end, None] * error[:, None, k]
-                work[:, k + 1 : end] += step
+                f = inside[:, k - start, k + 1 - start :]  # [B, columns to come, 1]
+                work[:, k + 1 : end].addcmul_(f, errors[k][:, None])
         if end < T:
             work[:, end:].baddbmm_(feedback[:, start:end, end:].mT, error[:, start:end])
-    return codes.mT, error.mT
+    return columns.codes(), error.mT
+
+
+class _Columns:
+    """Rounding of one column of a tile after another, with few calls per column.
+
+    work [B, T, R]: the columns, contiguous, to be rounded as they then are.
+    """
+
+    def __init__(
+        self, work: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, qmax: int
+    ) -> None:
+        B, T, R = work.shape
+        s, z = (
+            per_column(grid, group).mT.contiguous().expand(B, T, R) for grid in (scale, zero_point)
+        )
+        self.zero_point, self.steps = z, torch.empty_like(work)  # steps: code - zero_point
+        self._work, self._steps, self._scale = work.unbind(1), self.steps.unbind(1), s.unbind(1)
+        self._low, self._high = (-z).unbind(1), (qmax - z).unbind(1)
+
+    def round(self, k: int) -> Tensor:
+        """The value on the grid that column k takes: [B, R]"""
+        step = (self._work[k] / self._scale[k]).round_()
+        torch.clamp(step, self._low[k], self._high[k], out=self._steps[k])
+        return self._steps[k] * self._scale[k]
+
+    def codes(self) -> Tensor:
+        """uint8 [B, R, T], of all columns as last rounded."""
+        return (self.steps + self.zero_point).to(torch.uint8).mT
 
 
 def refine_tile(
@@ -167,20 +190,17 @@ def refine_tile(
     has it on the whole Hessian).
     """
     T = weight.shape[2]
-    last = scale.shape[2] - 1 if scale.shape[2] == 1 else T - 1
-    original, e, c = (t.mT.contiguous() for t in (weight, error, codes))
-    s, z = per_column(scale, group).mT.contiguous(), per_column(zero_point, group).mT.contiguous()
-    rows = feedback - torch.diag_embed(feedback.diagonal(dim1=1, dim2=2))
-    work = torch.baddbmm(running.mT, rows.mT, e)  # w' of every column, kept up to date
+    e = error.mT.clone(memory_format=torch.contiguous_format)
+    others = feedback - torch.diag_embed(feedback.diagonal(dim1=1, dim2=2))
+    work = torch.baddbmm(running.mT, others.mT, e)  # w' of every column, kept up to date
+    columns = _Columns(work, scale, zero_point, group, qmax)
+    originals, errors, influence = weight.mT.unbind(1), e.unbind(1), others[..., None].unbind(1)
     for _ in range(sweeps):
         for k in range(T):
-            s_k, z_k = s[:, min(k, last)], z[:, min(k, last)]
-            code = to_code(work[:, k], s_k, z_k, qmax)
-            c[:, k] = code
-            fresh = original[:, k] - code.sub_(z_k).mul_(s_k)
-            work += rows[:, k, :, None] * (fresh - e[:, k])[:, None]
-            e[:, k] = fresh
-    codes.copy_(c.mT)
+            fresh = originals[k] - columns.round(k)
+            work.addcmul_(influence[k], (fresh - errors[k])[:, None])
+            errors[k].copy_(fresh)
+    codes.copy_(columns.codes())
     error.copy_(e.mT)
 
 
