@@ -45,7 +45,9 @@ def _column_sensitivity_kernel(
         zero_point = tl.load(z_ptrs, mask=mask, other=0.0)
         delta = to_value(to_code(w, scale, zero_point, qmax), scale, zero_point) - w
         total += delta * delta
-    diagonal = tl.load(diagonal_ptr + batch * stride_db + cols * stride_df, mask=col_mask, other=1.0)
+    diagonal = tl.load(
+        diagonal_ptr + batch * stride_db + cols * stride_df, mask=col_mask, other=1.0
+    )
     cost = tl.div_rn(tl.sum(total, axis=1), diagonal)
     tl.store(cost_ptr + batch * stride_cb + cols * stride_cf, cost, mask=col_mask)
 

@@ -87,7 +87,9 @@ def _quantize_groups_kernel(
         w = tl.load(weight_rows + cols[None, :] * stride_wc, mask=mask, other=0.0).to(tl.float32)
         s = tl.broadcast_to(scale[:, None], w.shape)
         z = tl.broadcast_to(zero_point[:, None], w.shape)
-        codes = codes_ptr + batch * stride_cb + rows[:, None] * stride_cr + cols[None, :] * stride_cc
+        codes = (
+            codes_ptr + batch * stride_cb + rows[:, None] * stride_cr + cols[None, :] * stride_cc
+        )
         tl.store(codes, to_code(w, s, z, qmax).to(tl.uint8), mask=mask)
     offsets = batch * stride_sb + rows * stride_sr + group * stride_sg
     tl.store(scale_ptr + offsets, scale, mask=row_mask)
@@ -97,7 +99,7 @@ def _quantize_groups_kernel(
 def quantize_groups(
     weight: Tensor, group_size: int, qmax: int, symmetric: bool, shrink: tuple[float, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """weight [B, R, C]  ->  codes uint8 [B, R, C], scale, zero_point float32 [B, R, C / group_size]"""
+    """weight [B, R, C]  ->  codes uint8 [B, R, C], scale, zero_point float32 [B, R, G]"""
     B, R, C = weight.shape
     G = C // group_size
     codes = torch.empty((B, R, C), dtype=torch.uint8, device=weight.device)

@@ -18,24 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .feedback import add_feedback
 from .rounding import to_code, to_value
 
 SUB = 16
 WARP = 64 if torch.version.hip else 32
-
-
-@triton.jit
-def _add_feedback(
-    w, error_ptrs, row_mask, feedback_ptr, stride_fk, start, T, EVEN: tl.constexpr, SUB: tl.constexpr
-):
-    """w_k + error_j * feedback_jk for the SUB columns k from `start`, one j"""
-    error = tl.load(error_ptrs, mask=row_mask, other=0.0)
-    grown = ()
-    for i in tl.static_range(SUB):
-        k = tl.cast(start + i, tl.int64)
-        f = tl.load(feedback_ptr + k * stride_fk, mask=EVEN | (k < T), other=0.0)
-        grown = grown + (w[i] + error * f,)
-    return grown
 
 
 @triton.jit
@@ -78,12 +65,12 @@ def _refine_tile_kernel(
             w = w + (tl.load(running_rows + k * stride_nt, mask=mask, other=0.0),)
             errors = errors + (tl.load(error_rows + k * stride_et, mask=mask, other=0.0),)
         for j in range(0, start):
-            w = _add_feedback(
+            w = add_feedback(
                 w, error_rows + tl.cast(j, tl.int64) * stride_et, row_mask,
                 feedback_ptr + j * stride_fj, stride_fk, start, T, EVEN, SUB,
             )  # fmt: skip
         for j in range(start + SUB, T):
-            w = _add_feedback(
+            w = add_feedback(
                 w, error_rows + tl.cast(j, tl.int64) * stride_et, row_mask,
                 feedback_ptr + j * stride_fj, stride_fk, start, T, EVEN, SUB,
             )  # fmt: skip

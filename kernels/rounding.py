@@ -1,7 +1,7 @@
 """Rounding to the grid, as `torch.round` and `torch.div` do it.
 
-    code  = clamp(round(w / scale) + zero_point, 0, qmax)
-    value = (code - zero_point) * scale
+code  = clamp(round(w / scale) + zero_point, 0, qmax)
+value = (code - zero_point) * scale
 """
 
 import triton

@@ -4,9 +4,9 @@
     code_k  = clamp(round(w'_k / scale) + zero_point, 0, qmax)
     error_k = weight_k - (code_k - zero_point) * scale
 
-Same arithmetic as `sapq_triton.reference.solve_tile` but for the order of the sum: the codes are the
-same wherever every sum is exact in float32, and otherwise unless w' / scale lies within the rounding
-of that sum from a tie.
+Same arithmetic as `sapq_triton.reference.solve_tile` but for the order of the sum: the codes are
+the same wherever every sum is exact in float32, and otherwise unless w' / scale lies within the
+rounding of that sum from a tie.
 
 A thread owns whole rows. SUB columns live in registers at a time, as a tuple of row vectors with
 scalar loads of the feedback: no shuffle and no barrier. The errors of earlier columns come back
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .feedback import add_feedback
 from .rounding import to_code, to_value
 
 SUB = 16  # more columns in registers cost more compile time than they save
@@ -58,15 +59,14 @@ def _solve_tile_kernel(
         w = ()
         for i in tl.static_range(SUB):
             k = tl.cast(start + i, tl.int64)
-            w = w + (tl.load(running_rows + k * stride_nt, mask=row_mask & (EVEN | (k < T)), other=0.0),)
+            w = w + (
+                tl.load(running_rows + k * stride_nt, mask=row_mask & (EVEN | (k < T)), other=0.0),
+            )
         for j in range(0, start):
-            earlier = tl.load(error_rows + tl.cast(j, tl.int64) * stride_et, mask=row_mask, other=0.0)
-            grown = ()
-            for i in tl.static_range(SUB):
-                k = tl.cast(start + i, tl.int64)
-                f = tl.load(feedback_ptr + j * stride_fj + k * stride_fk, mask=EVEN | (k < T), other=0.0)
-                grown = grown + (w[i] + earlier * f,)
-            w = grown
+            w = add_feedback(
+                w, error_rows + tl.cast(j, tl.int64) * stride_et, row_mask,
+                feedback_ptr + j * stride_fj, stride_fk, start, T, EVEN, SUB,
+            )  # fmt: skip
 
         errors = ()
         for i in tl.static_range(SUB):

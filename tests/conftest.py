@@ -11,6 +11,9 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: set before any import
 
 
+torch.set_num_threads(1)  # the problems are small, and threads that wait for each other cost more
+
+
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")

@@ -817,9 +817,7 @@ def test_rounding_a_layer_does_not_shift_its_mean_output(kind: str) -> None:
     for name in names:
         unrounded = copy.deepcopy(model)  # this layer only, on the same inputs
         unrounded.get_submodule(name).load_state_dict(original.get_submodule(name).state_dict())
-        was, now = (
-            outputs_of(m, name, batches).flatten(0, -2).mean(0) for m in (unrounded, model)
-        )
+        was, now = (outputs_of(m, name, batches).flatten(0, -2).mean(0) for m in (unrounded, model))
         torch.testing.assert_close(now, was, **CLOSE)
         bias, corrected, kept = (m.get_parameter(f"{name}.bias") for m in (original, model, plain))
         shift = (corrected - bias).detach()

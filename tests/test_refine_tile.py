@@ -1,5 +1,7 @@
 """refine_tile: bit for bit the reference where sums are exact, and never a worse tile."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -92,7 +94,7 @@ def test_each_sweep_lowers_the_error_of_every_row(device: torch.device) -> None:
     for _ in range(3):
         ops.refine_tile(weight, weight, feedback, *grid, codes, error, 1, backend="triton")
         before.append(loss())
-    for earlier, later in zip(before[:-1], before[1:], strict=True):
+    for earlier, later in pairwise(before):
         assert (later <= earlier * (1 + 1e-5)).all()
     assert before[-1].sum() < 0.8 * before[0].sum()
     value = reference.to_value(codes.float(), scale, zero_point)

@@ -76,7 +76,9 @@ def main() -> None:
             weight = weight_matrix(model.get_submodule(name))
             energy = layer_error(weight, torch.zeros_like(weight), held_out[name]).sum()
             for method, order in METHODS.items():
-                result = solve(weight, hessian, QuantSpec(bits, symmetric=options.symmetric), order=order)
+                result = solve(
+                    weight, hessian, QuantSpec(bits, symmetric=options.symmetric), order=order
+                )
                 error = layer_error(weight, result.dequantize(), held_out[name]).sum()
                 errors[method].append((error / energy).item())
             if options.each:

@@ -61,9 +61,7 @@ def evaluate(
     held_out[calibration] = False
     quantized = copy.deepcopy(model)
     batches = [preprocess(part) for part in pixels[calibration].split(BATCH)]
-    report = quantize(
-        quantized, batches, spec, order=order, batchnorm=batchnorm, progress=False
-    )
+    report = quantize(quantized, batches, spec, order=order, batchnorm=batchnorm, progress=False)
     right = predict(quantized, pixels[held_out])
     truth, before = labels[held_out], reference[held_out]
     change = (right == truth).double() - (before == truth).double()
@@ -81,9 +79,9 @@ def evaluate(
 
 def table(cells: dict[str, dict[str, Any]], bits: int, calibration: int, seeds: list[int]) -> str:
     lines = [
-        f"EfficientNet-Lite0, W{bits} per channel (MSE grid), {calibration} calibration images, all "
-        f"others evaluated, seeds {seeds}; change against fp32 in points, ± standard error of the "
-        "paired difference (mean over seeds)",
+        f"EfficientNet-Lite0, W{bits} per channel (MSE grid), {calibration} calibration images, "
+        f"all others evaluated, seeds {seeds}; change against fp32 in points, ± standard error of "
+        "the paired difference (mean over seeds)",
         "",
         "| grid | BatchNorm | method | top-1 | change | agreement | layer error | seconds |",
         "|---|---|---|---|---|---|---|---|",

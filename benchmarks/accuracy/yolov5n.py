@@ -100,6 +100,8 @@ class Results:
                 )
             cells = [Cell(**cell) for cell in stored["cells"]]
             self.cells = {cell.key: cell for cell in cells}
+            commits = sorted({cell.environment["commit"] for cell in cells})
+            print(f"{path}: {len(cells)} cells of {', '.join(commits)} are kept", file=sys.stderr)
 
     def add(self, cell: Cell) -> None:
         self.cells[cell.key] = cell
