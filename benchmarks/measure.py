@@ -155,7 +155,7 @@ def environment(
         "device": torch.cuda.get_device_name(device) if gpu else "cpu",
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "system": platform.platform(terse=True),
+        "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton,
