@@ -138,6 +138,7 @@ def plot(errors: dict[int, dict[str, list[float]]], names: list[str], out: Path)
             at = np.arange(len(values)) + (shift - 1.5) * 0.2
             axis.bar(at, values, width=0.2, label=method)
         axis.set_yscale("log")
+        axis.margins(x=0.01)
         axis.set_ylabel("relative layer error")
         axis.set_title(f"EfficientNet-Lite0, W{bits}: error of each layer on held-out photographs")
         axis.legend(ncols=4)

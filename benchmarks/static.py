@@ -12,9 +12,9 @@ spills        bytes per thread in local memory (NVIDIA: stack and local, AMD: sc
               is not zero, the exit status is 1
 shared        bytes per program
 instructions  of the whole kernel in machine code (SASS, AMD GCN), the padding at its end left out
-step          instructions per column of solve_tile and refine_tile on NVIDIA, whose SUB column
-              steps are unrolled: the loop over sub-tiles, its loads and addresses included, less
-              the loops over other columns within it, divided by SUB
+step          of solve_tile and refine_tile on NVIDIA, whose SUB column steps are unrolled: SASS
+              instructions per column, those of the loop over sub-tiles (addresses and loads
+              included) less those of the loops over other columns within it, divided by SUB
 """
 
 import argparse

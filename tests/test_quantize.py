@@ -38,6 +38,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def fast_path_of_attention_is_on_again() -> Iterator[None]:
+    yield
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 class ConvNet(nn.Module):
     """Convolutions with BatchNorm, one of them depthwise, a residual, and a linear head."""
 

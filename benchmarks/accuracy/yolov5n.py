@@ -95,9 +95,8 @@ class Results:
         if path is not None and path.exists():
             stored = json.loads(path.read_text())
             if stored["setup"] != setup:
-                raise ValueError(
-                    f"{path} was measured with {stored['setup']}, not {setup}: name another file"
-                )
+                other = {k: v for k, v in stored["setup"].items() if v != setup.get(k)}
+                raise ValueError(f"{path} was measured with {other}: name another file")
             cells = [Cell(**cell) for cell in stored["cells"]]
             self.cells = {cell.key: cell for cell in cells}
             commits = sorted({cell.environment["commit"] for cell in cells})
@@ -246,17 +245,17 @@ def table(results: Results, rows: Sequence[Sequence[Key]], images: str) -> str:
     cells = [results.cells[key] for keys in rows for key in keys]
     quantized = [cell for cell in cells if cell.layers]
     whole, first, setup = results.cells[Key.fp32(None)], cells[0], results.setup
-    where = sorted({"{device}, torch {torch}, {commit}".format(**c.environment) for c in cells})
-    threads = sorted({str(cell.environment["threads"]) for cell in cells})
+    line = "{device}, threads: {threads}, torch {torch}, commit {commit}"
+    where = sorted({line.format(**cell.environment) for cell in cells})
     text = [
         f"YOLOv5n, {' and '.join(sorted({f'W{cell.bits}' for cell in quantized})) or 'fp32 only'}, "
         "per output channel, MSE grid, bias correction; BatchNorm is folded. "
         f"Data: {images}, {whole.images} images; fp32 on all of them: mAP50 {whole.map50:.3f}, "
         f"mAP50-95 {whole.map50_95:.3f}. "
-        f"Seeds {', '.join(map(str, seeds))} shuffle the images: {setup['calibration']} calibrate, "
-        f"the other {first.images} evaluate, and fp32 is measured on the same ones. "
+        f"Each seed ({', '.join(map(str, seeds))}) shuffles the images: {setup['calibration']} "
+        f"calibrate, the other {first.images} evaluate, and fp32 is measured on the same ones. "
         "Layer error: mean over layers of tr((W−Q)H(W−Q)ᵀ) / tr(WHWᵀ) on calibration inputs. "
-        f"Seconds: all of `quantize`, {'/'.join(threads)} threads. {'; '.join(where)}.",
+        f"Seconds: all of `quantize`. {'; '.join(where)}.",
         "",
         markdown(HEADER, [row(results, keys) for keys in rows]),
         "",
@@ -274,9 +273,9 @@ def table(results: Results, rows: Sequence[Sequence[Key]], images: str) -> str:
         layers = sorted({cell.layers for cell in quantized})
         text.append(f"Quantized convolutions in each model: {', '.join(map(str, layers))}.")
         noted = [
-            f"- {cell.grid}, {NAMES.get(cell.order, cell.order)}, seed {cell.seed}: {line}"
+            f"- {cell.grid}, {NAMES.get(cell.order, cell.order)}, seed {cell.seed}: {note}"
             for cell in quantized
-            for line in cell.deviations
+            for note in cell.deviations
         ]
         text += ["", "Not as asked:", *noted] if noted else ["Every layer was done as asked."]
     return "\n".join(text)
