@@ -305,7 +305,9 @@ def amd_instructions(listing: str) -> list[str]:
     return re.findall(r"^\t([a-z]\w+)", body, re.MULTILINE)
 
 
-def measurements(names: Sequence[str], targets: Sequence[str]) -> Iterator[Cost]:
+def measurements(
+    names: Sequence[str], targets: Sequence[str], skip: Sequence[str]
+) -> Iterator[Cost]:
     paths = list(sapq_triton.kernels.__path__)
     modules = {
         info.name: importlib.import_module(f"sapq_triton.kernels.{info.name}")
@@ -318,6 +320,8 @@ def measurements(names: Sequence[str], targets: Sequence[str]) -> Iterator[Cost]
         for target in targets:
             launched = set()
             for variant, call in CASES[name].items():
+                if variant in skip:
+                    continue
                 with recorded(modules[name], TARGETS[target]) as recorders:
                     call(modules[name])
                 for recorder in recorders:
@@ -342,6 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.static", description=__doc__.split("\n")[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--kernels", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--skip", nargs="+", default=[], help="variants to leave out")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args(arguments)
 
@@ -351,7 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{'step':>6}"
     )
     costs = []
-    for cost in measurements(options.kernels, options.targets):
+    for cost in measurements(options.kernels, options.targets, options.skip):
         costs.append(cost)
         print(row(cost), flush=True)
     if options.json:

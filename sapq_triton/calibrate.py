@@ -127,17 +127,13 @@ class ChannelMoments:
         self.mean: Tensor | None = None
         self._squares: Tensor | None = None  # sum of squared distances from the mean
 
-    def add(self, values: Tensor, axis: int, mask: Tensor | None = None) -> None:
-        """values: any shape; `axis` is the channel. mask: bool of the shape before a last axis."""
-        if mask is not None and axis == values.ndim - 1 and mask.shape == values.shape[:-1]:
-            values, axis = values[mask], 1
-        rest = [d for d in range(values.ndim) if d != axis]
-        count = values.numel() // values.shape[axis]
+    def add(self, values: Tensor) -> None:
+        """values: [N, channels, *space]"""
+        count = values.numel() // values.shape[1]
         if count == 0:
             return
-        var, mean = torch.var_mean(values.float(), rest, correction=0) if rest else (
-            torch.zeros_like(values, dtype=torch.float32), values.float()
-        )  # fmt: skip
+        rest = [0, *range(2, values.ndim)]
+        var, mean = torch.var_mean(values.float(), rest, correction=0)
         mean, squares = mean.double(), var.double() * count
         if self.mean is None or self._squares is None:
             self.count, self.mean, self._squares = count, mean, squares

@@ -145,13 +145,6 @@ def _spread(module: Layer, inputs: Tensor) -> Tensor:
     return F.pad(spread, amounts)
 
 
-def channel_axis(module: Layer, output: Tensor) -> int:
-    """The axis of the output that the bias runs along."""
-    if isinstance(module, CONVOLUTIONS + TRANSPOSED):
-        return output.ndim - 1 - len(module.kernel_size)
-    return output.ndim - 1
-
-
 def find_layers(model: nn.Module) -> dict[str, Layer]:
     """Layers of a known kind by qualified name, in the order of definition."""
     return {name: module for name, module in model.named_modules() if kind(module)}

@@ -229,97 +229,67 @@ def test_no_gradients_inside_and_the_mode_of_the_caller_outside() -> None:
     assert (weight * 2).requires_grad
 
 
-def one_shot(values: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    rest = [d for d in range(values.ndim) if d != axis]
+def one_shot(values: Tensor) -> tuple[Tensor, Tensor]:
+    rest = [d for d in range(values.ndim) if d != 1]
     variance, mean = torch.var_mean(values.double(), rest, correction=0)
     return mean, variance
 
 
-def assert_moments(moments: ChannelMoments, values: Tensor, axis: int) -> None:
-    mean, variance = one_shot(values, axis)
+def assert_moments(moments: ChannelMoments, values: Tensor) -> None:
+    mean, variance = one_shot(values)
     assert moments.mean is not None
     assert moments.mean.dtype == moments.variance.dtype == torch.float64
-    assert moments.count == values.numel() // values.shape[axis]
+    assert moments.count == values.numel() // values.shape[1]
     torch.testing.assert_close(moments.mean, mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(moments.variance, variance, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("shape", "axis"),
-    [((60, 5), 1), ((24, 3, 4, 5), 1), ((24, 5, 7), 2), ((24, 4, 2, 3, 2), 1)],
-    ids=["rows", "images", "tokens", "volumes"],
+    "shape",
+    [(60, 5), (24, 5, 7), (24, 3, 4, 5), (24, 4, 2, 3, 2)],
+    ids=["rows", "signals", "images", "volumes"],
 )
 @pytest.mark.parametrize("sizes", [None, [1, 2, 21], [8, 8, 8], [0, 5, 0, 19]], ids=str)
-def test_moments_of_chunks(shape: tuple[int, ...], axis: int, sizes: list[int] | None) -> None:
-    channels = [-1 if d == axis else 1 for d in range(len(shape))]
-    offset = torch.linspace(-3, 100, shape[axis]).view(channels)
-    values = torch.randn(shape) * torch.linspace(0.1, 10, shape[axis]).view(channels) + offset
+def test_moments_of_chunks(shape: tuple[int, ...], sizes: list[int] | None) -> None:
+    channels = [-1 if d == 1 else 1 for d in range(len(shape))]
+    size, offset = torch.linspace(0.1, 10, shape[1]), torch.linspace(-3, 100, shape[1])
+    values = torch.randn(shape) * size.view(channels) + offset.view(channels)
     sizes = sizes or [len(values)]
     sizes = [*sizes[:-1], len(values) - sum(sizes[:-1])]
     moments = ChannelMoments()
     for chunk in values.split(sizes):
-        moments.add(chunk, axis)
-    assert_moments(moments, values, axis)
+        moments.add(chunk)
+    assert_moments(moments, values)
 
 
 def test_moments_of_a_large_mean() -> None:
     values = 1000 + torch.randn(64, 3, 4, 4)
     moments = ChannelMoments()
     for chunk in values.split(1):
-        moments.add(chunk, 1)
-    mean, variance = one_shot(values, 1)
+        moments.add(chunk)
+    mean, variance = one_shot(values)
     assert moments.mean is not None
     torch.testing.assert_close(moments.mean, mean, rtol=1e-7, atol=0)
     torch.testing.assert_close(moments.variance, variance, rtol=1e-3, atol=0)
 
 
-def test_moments_without_a_batch_axis() -> None:
-    rows, image = torch.randn(9, 5), torch.randn(3, 4, 6)
-    of_rows, of_image = ChannelMoments(), ChannelMoments()
-    for row in rows:
-        of_rows.add(row, 0)
-    of_image.add(image, 0)
-    assert_moments(of_rows, rows, 1)
-    assert_moments(of_image, image, 0)
-
-
 def test_moments_of_half_precision_are_taken_in_full() -> None:
     values = (300 + torch.randn(2000, 2)).half()
     moments = ChannelMoments()
-    moments.add(values, 1)
-    assert_moments(moments, values, 1)
+    moments.add(values)
+    assert_moments(moments, values)
 
 
 def test_moments_of_a_constant_channel() -> None:
     moments = ChannelMoments()
     for _ in range(3):
-        moments.add(torch.full((7, 2, 5), 0.1), 1)
+        moments.add(torch.full((7, 2, 5), 0.1))
     assert torch.equal(moments.variance, torch.zeros(2).double())
-
-
-def test_masked_tokens_do_not_count() -> None:
-    values = torch.randn(4, 6, 3)
-    mask = torch.rand(4, 6) < 0.5
-    values[~mask] = torch.nan
-    mask[2] = False  # a chunk of which nothing is left
-    moments = ChannelMoments()
-    for chunk, part in zip(values.split(1), mask.split(1), strict=True):
-        moments.add(chunk, 2, part)
-    assert_moments(moments, values[mask], 1)
-
-
-@pytest.mark.parametrize(
-    ("shape", "axis"), [((4, 6, 3), 1), ((24, 3), 1), ((4, 1, 6, 3), 3)], ids=str
-)
-def test_mask_of_another_shape_is_ignored(shape: tuple[int, ...], axis: int) -> None:
-    values, moments = torch.randn(shape), ChannelMoments()
-    moments.add(values, axis, torch.zeros(4, 6, dtype=torch.bool))
-    assert_moments(moments, values, axis)
 
 
 def test_moments_of_nothing() -> None:
     moments = ChannelMoments()
-    moments.add(torch.ones(0, 3), 1)
+    moments.add(torch.ones(0, 3))
     assert moments.mean is None and moments.count == 0
     with pytest.raises(ValueError, match="no values were added"):
         _ = moments.variance

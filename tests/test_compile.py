@@ -32,13 +32,11 @@ def environment(cache: Path) -> dict[str, str]:
     return variables | {"TRITON_CACHE_DIR": str(cache)}
 
 
-@pytest.fixture(scope="module")
-def numbers(tmp_path_factory: pytest.TempPathFactory) -> Numbers:
-    folder = tmp_path_factory.mktemp("static")
+def static_numbers(folder: Path, *options: str) -> Numbers:
     runs = []
     for share in SHARES:
         file = folder / f"{share[0]}.json"
-        command = [sys.executable, "-m", "benchmarks.static", "--json", str(file)]
+        command = [sys.executable, "-m", "benchmarks.static", "--json", str(file), *options]
         run = subprocess.Popen(
             [*command, "--targets", *share],
             cwd=ROOT,
@@ -48,12 +46,31 @@ def numbers(tmp_path_factory: pytest.TempPathFactory) -> Numbers:
             text=True,
         )
         runs.append((run, file))
-    found: Numbers = []
-    for run, file in runs:
-        output, _ = run.communicate()
+    outputs = [run.communicate()[0] for run, _ in runs]
+    for (run, _), output in zip(runs, outputs, strict=True):
         assert run.returncode == 0, output
-        found += json.loads(file.read_text())
-    return found
+    return [cost for _, file in runs for cost in json.loads(file.read_text())]
+
+
+def assert_no_spills(numbers: Numbers) -> None:
+    assert [cost for cost in numbers if cost["spills"] != 0] == []
+    assert all(cost["registers"] > 0 and cost["instructions"] > 0 for cost in numbers)
+
+
+def assert_short_steps(numbers: Numbers, variants: set[str]) -> None:
+    steps = {
+        cost["variant"]: cost["step"]
+        for cost in numbers
+        if (cost["kernel"], cost["target"]) == ("solve_tile", "sm_90")
+    }
+    assert steps.keys() == variants
+    assert all(0 < step <= STEP[variant] for variant, step in steps.items()), steps
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> Numbers:
+    """Ragged tiles take as long to compile as everything else together: left to the slow test."""
+    return static_numbers(tmp_path_factory.mktemp("static"), "--skip", "ragged")
 
 
 @needs_tools
@@ -70,19 +87,21 @@ def test_every_kernel_compiles_for_every_target(numbers: Numbers) -> None:
 
 @needs_tools
 def test_no_kernel_spills(numbers: Numbers) -> None:
-    assert [cost for cost in numbers if cost["spills"] != 0] == []
-    assert all(cost["registers"] > 0 and cost["instructions"] > 0 for cost in numbers)
+    assert_no_spills(numbers)
 
 
 @needs_tools
 def test_a_column_step_is_short(numbers: Numbers) -> None:
-    steps = {
-        cost["variant"]: cost["step"]
-        for cost in numbers
-        if (cost["kernel"], cost["target"]) == ("solve_tile", "sm_90")
-    }
-    assert steps.keys() == STEP.keys()
-    assert all(0 < step <= STEP[variant] for variant, step in steps.items()), steps
+    assert_short_steps(numbers, {"even"})
+
+
+@needs_tools
+@pytest.mark.slow
+def test_ragged_tiles_too(tmp_path: Path) -> None:
+    numbers = static_numbers(tmp_path, "--kernels", "solve_tile", "refine_tile")
+    assert {cost["target"] for cost in numbers} == set(static.TARGETS)
+    assert_no_spills(numbers)
+    assert_short_steps(numbers, {"even", "ragged"})
 
 
 def test_spills_make_the_exit_status_1(

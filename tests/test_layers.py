@@ -170,21 +170,6 @@ def test_stored_matrix_comes_back(factory: Factory, shape: tuple[int, ...]) -> N
     assert torch.equal(layers.weight_matrix(module), other)
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
-@pytest.mark.parametrize(("factory", "shape"), CASES)
-@torch.no_grad()
-def test_the_bias_runs_along_the_channel_axis(factory: Factory, shape: tuple[int, ...]) -> None:
-    module, inputs = factory().double(), torch.randn(shape, dtype=torch.float64)
-    output = module(inputs)
-    axis = layers.channel_axis(module, output)
-    if module.bias is None:
-        assert output.shape[axis] == 5
-        return
-    bias = module.get_parameter("bias")
-    sides = [len(bias) if d == axis else 1 for d in range(output.ndim)]
-    torch.testing.assert_close(without_bias(module)(inputs) + bias.view(sides), output)
-
-
 @torch.no_grad()
 def test_layers_in_channels_last() -> None:
     module = nn.Conv2d(4, 6, 3, groups=2, padding=1, bias=False).double()

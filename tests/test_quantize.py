@@ -498,6 +498,7 @@ def test_layer_that_no_batch_reaches_is_rounded_to_nearest() -> None:
     )
     assert torch.equal(layer.codes, codes) and torch.equal(layer.scale, scale)
     assert torch.equal(unused.bias, bias)
+    assert set(report.corrected) == {"used"}
     assert_weights_are_codes(model, report)
     assert "no calibration row reached it" in str(report)
 
@@ -558,6 +559,17 @@ def test_tied_layers_are_solved_once() -> None:
         "called 2 times: calibrated on full-precision inputs",
     )
     assert "outward" not in report.skipped
+
+
+def test_tied_bias_is_corrected_once() -> None:
+    model = TiedPair()
+    model.outward.bias = model.inward.bias
+    before = model.inward.bias.detach().clone()
+    report = quantize(model, [torch.randn(20, 6) + 1], SPEC)
+    assert set(report.corrected) == {"inward", "between"}
+    shift = (model.inward.bias - before).abs().max()
+    assert report.corrected["inward"] == pytest.approx(shift.item(), rel=1e-5)
+    assert shift > 1e-3
 
 
 def test_layers_that_differ_but_share_a_weight_are_left_alone() -> None:
