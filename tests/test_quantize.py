@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from sapq_triton import QuantSpec, Report, dequantize, layers, reference, solve
+from sapq_triton import QuantSpec, Report, dequantize, layers, ops, reference, solve
 from sapq_triton import quantize as quantize_with_bar
 
 SPEC = QuantSpec(bits=3)
@@ -561,15 +561,18 @@ def test_tied_layers_are_solved_once() -> None:
     assert "outward" not in report.skipped
 
 
-def test_tied_bias_is_corrected_once() -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_biases_of_tied_layers_are_corrected_once_each(shared: bool) -> None:
     model = TiedPair()
-    model.outward.bias = model.inward.bias
-    before = model.inward.bias.detach().clone()
+    if shared:
+        model.outward.bias = model.inward.bias
+    before = copy.deepcopy(model)
     report = quantize(model, [torch.randn(20, 6) + 1], SPEC)
-    assert set(report.corrected) == {"inward", "between"}
-    shift = (model.inward.bias - before).abs().max()
-    assert report.corrected["inward"] == pytest.approx(shift.item(), rel=1e-5)
-    assert shift > 1e-3
+    assert set(report.corrected) == {"inward", "between"} | (set() if shared else {"outward"})
+    for name in ("inward", "outward"):
+        was, now = (m.get_parameter(f"{name}.bias").detach() for m in (before, model))
+        assert report.corrected["inward"] == pytest.approx(float((now - was).abs().max()), rel=1e-5)
+        assert report.corrected["inward"] > 1e-3
 
 
 def test_layers_that_differ_but_share_a_weight_are_left_alone() -> None:
@@ -1137,6 +1140,35 @@ def test_report_is_on_the_cpu_and_apart_from_the_model() -> None:
     nn.init.zeros_(model.weight)
     assert torch.equal(layer.codes, codes)
     assert layer.codes.device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_solver_gets_the_hessian_as_asked(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.dtype] = []
+
+    def spy(weight: Tensor, hessian: Tensor, *args: Any, **options: Any) -> object:
+        seen.append(hessian.dtype)
+        return solve(weight, hessian, *args, **options)
+
+    model = mlp(6, 5, 4)
+    monkeypatch.setattr(importlib.import_module("sapq_triton.quantize"), "solve", spy)
+    quantize(model, [torch.randn(9, 6)], SPEC, hessian_dtype=dtype)
+    assert seen[-2:] == [dtype, dtype]  # those before only tried the options
+
+
+def test_backend_reaches_every_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def spy(tensor: Tensor, backend: Any) -> bool:
+        asked.append(backend)
+        return uses_triton(tensor, backend)
+
+    uses_triton = ops.uses_triton
+    monkeypatch.setattr(ops, "uses_triton", spy)
+    quantize(mlp(6, 5, 4), [torch.randn(9, 6)], SPEC, backend="reference")
+    assert len(asked) > 4 and set(asked) == {"reference"}
 
 
 def test_gradients_still_flow_afterwards() -> None:
