@@ -182,18 +182,25 @@ def check(made: Problem) -> tuple[int, int]:
 
 
 def check_setting(made: Problem, setting: Setting) -> None:
-    """OBQ as it is timed must be about as good as in float64.
+    """OBQ as it is timed must be as good as in float64.
 
-    Greedy choices that differ at a close call differ ever after: few rows leave 10 % either way.
+    Greedy choices that differ at a close call differ ever after. At 128x1152 nine rows of twelve
+    choose the same codes, the others move by up to 27 % either way: so one row at least must agree
+    to 5 %, and all together to 40 %.
     """
     R, C = made.weight.shape
     rows = torch.arange(min(R, 8, max(2, CHECK_STEPS // C**3)))
     fresh = made._replace(inverse=shared_inverse(made.hessian))
-    expected = made.error(fresh.obq(rows, Setting(len(rows), 32), torch.float64, "reference"), rows)
-    actual = made.error(made.obq(rows, setting), rows)
-    if not 0.7 < actual / expected < 1.4:
+    expected = fresh.obq(rows, Setting(len(rows), 32), torch.float64, "reference")
+    actual = made.obq(rows, setting)
+    ratios = [
+        made.error(actual[i : i + 1], row) / made.error(expected[i : i + 1], row)
+        for i, row in enumerate(rows.split(1))
+    ]
+    together = made.error(actual, rows) / made.error(expected, rows)
+    if min(abs(ratio - 1) for ratio in ratios) > 0.05 or not 1 / 1.4 < together < 1.4:
         raise AssertionError(
-            f"OBQ with {setting} has error {actual:.4g}, in float64 {expected:.4g}"
+            f"OBQ with {setting} has {together:.4g} times the error of float64; by row {ratios}"
         )
 
 

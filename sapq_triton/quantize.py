@@ -435,7 +435,7 @@ class _Run:
 
         Only what this layer's rounding changes, on the inputs it now has. Restoring the mean output
         of the full-precision model instead was tried: without BatchNorm to restore the variance as
-        well, it flattened the deep layers of YOLOv5n (W4 mAP50-95 .17 instead of .29).
+        well, it flattened the deep layers of YOLOv5n (W4 mAP50-95 of SAPQ .20 instead of .30).
         """
         shift = (lost.to(mean.dtype) @ mean[:, :, None]).flatten()
         shifted: set[int] = set()  # twins may share their bias as well

@@ -3,7 +3,7 @@
     A = H^-1                                           shared by all rows
     while columns F remain:
         S_c  = sum_r (w_rc - Q(w_rc))^2 / A_cc         sensitivity of column c, on current weights
-        T    = the `block` most sensitive columns, in descending order
+        T    = the `block` most sensitive columns
         Q_T  = error-feedback loop over T, rows in parallel, the column with the largest
                curvature (A_TT^-1)_cc first; then coordinate descent on (w - q) A_TT^-1 (w - q)^T
         W_F -= (W_T - Q_T) A_TT^-1 A_TF
@@ -87,8 +87,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 def layer_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
     """tr((W - Q) H (W - Q)^T), float64: [..., R, C] twice, [..., C, C]  ->  [...]"""
-    error = (weight.float() - quantized.float()).to(hessian.dtype)
-    return ((error @ hessian).double() * error).sum((-2, -1))
+    return _row_errors(weight.float() - quantized.float(), hessian).sum(-1)
 
 
 def solve(
@@ -167,7 +166,7 @@ def solve(
 
 
 def _row_errors(error: Tensor, hessian: Tensor) -> Tensor:
-    """e H e^T of each row e, float64: [B, R, C], [B, C, C]  ->  [B, R]"""
+    """e H e^T of each row e, float64: [..., R, C], [..., C, C]  ->  [..., R]"""
     error = error.to(hessian.dtype)
     return ((error @ hessian).double() * error).sum(-1)
 
