@@ -39,7 +39,6 @@ from benchmarks import (
     bench_downdate,
     bench_hessian,
     bench_quantize_groups,
-    bench_refine_tile,
     bench_solve_rows,
     bench_solve_tile,
 )
@@ -243,7 +242,6 @@ class Gate:
             "quantize_groups, mse": lambda: bench_quantize_groups.case(R, C, mse, device),
             "column_sensitivity": lambda: bench_column_sensitivity.case(R, C, each, device),
             "solve_tile": lambda: bench_solve_tile.case(R, each, device),
-            "refine_tile": lambda: bench_refine_tile.case(R, each, SWEEPS, device),
             # of the first tile on all others
             "compensate": lambda: bench_compensate.case(R, C - each, each, device),
             "downdate": lambda: bench_downdate.case(C - each, each, device),

@@ -12,7 +12,7 @@ spills        bytes per thread in local memory (NVIDIA: stack and local, AMD: sc
               is not zero, the exit status is 1
 shared        bytes per program
 instructions  of the whole kernel in machine code (SASS, AMD GCN), the padding at its end left out
-step          of solve_tile and refine_tile on NVIDIA, whose SUB column steps are unrolled: SASS
+step          of solve_tile on NVIDIA, whose SUB column steps are unrolled: SASS
               instructions per column, those of the loop over sub-tiles (addresses and loads
               included) less those of the loops over other columns within it, divided by SUB
 """
@@ -91,15 +91,6 @@ def solve_tile(module: ModuleType, columns: int) -> None:
     module.solve_tile(weight, weight, feedback, *grid_of(4096, 32, 1, columns), qmax=15)
 
 
-def refine_tile(module: ModuleType, columns: int) -> None:
-    weight = meta(1, 4096, 4096)[:, :columns].mT
-    codes, error = meta(1, columns, 4096, dtype=torch.uint8).mT, meta(1, columns, 4096).mT
-    module.refine_tile(
-        weight, weight, meta(1, columns, columns), *grid_of(4096, 32, 1, columns), 15,
-        codes, error, sweeps=2,
-    )  # fmt: skip
-
-
 def compensate(module: ModuleType) -> None:
     module.compensate(meta(1, 4096, 4096)[:, 128:].mT, meta(1, 4096, 128), meta(1, 128, 3968))
 
@@ -135,10 +126,6 @@ CASES: dict[str, dict[str, Callable[[ModuleType], None]]] = {
     "solve_tile": {
         "even": lambda module: solve_tile(module, 128),
         "ragged": lambda module: solve_tile(module, 100),
-    },
-    "refine_tile": {
-        "even": lambda module: refine_tile(module, 128),
-        "ragged": lambda module: refine_tile(module, 100),
     },
     "compensate": {"": compensate},
     "downdate": {"": downdate},

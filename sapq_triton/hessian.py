@@ -49,12 +49,14 @@ class HessianSum:
 def revive(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """Give columns that never fired (H_cc = 0) the mean diagonal of the others.
 
-    hessian [B, C, C]  ->  a copy, and the number of such columns int64 [B]. A revived column is
-    coupled to no other, so that its weights are rounded to nearest.
+    hessian [B, C, C]  ->  itself or a copy, and the number of such columns int64 [B]. A revived
+    column is coupled to no other, so that its weights are rounded to nearest.
     """
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     dead = diagonal == 0
     count = dead.sum(1)
+    if not count.any():
+        return hessian, count
     alive = (dead.shape[1] - count).clamp(min=1)
     mean = torch.where(count < dead.shape[1], diagonal.sum(1) / alive, 1.0)
     # products with other columns can survive where the square of the column underflows
@@ -93,7 +95,7 @@ def inverse(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """H^-1, exactly symmetric: [B, C, C]  ->  [B, C, C], solved bool [B]"""
     lower, info = torch.linalg.cholesky_ex(hessian)
     solved = info == 0
-    identity = torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device)
-    lower = torch.where(solved[:, None, None], lower, identity)
+    # where there is no factor, a zero on its diagonal would raise
+    lower.diagonal(dim1=1, dim2=2).masked_fill_(~solved[:, None], 1)
     out = torch.cholesky_inverse(lower)
-    return out.tril() + out.tril(-1).mT, solved
+    return out.add(out.mT).mul_(0.5), solved

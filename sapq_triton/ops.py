@@ -20,7 +20,6 @@ try:
     from .kernels import compensate as _compensate
     from .kernels import downdate as _downdate
     from .kernels import quantize_groups as _quantize_groups
-    from .kernels import refine_tile as _refine_tile
     from .kernels import solve_rows as _solve_rows
     from .kernels import solve_tile as _solve_tile
 except ModuleNotFoundError as missing:  # triton has no build for this platform
@@ -123,32 +122,6 @@ def solve_tile(
     _check_grid(weight, scale, zero_point, group)
     implementation = _solve_tile if uses_triton(weight, backend) else reference
     return implementation.solve_tile(weight, running, feedback, scale, zero_point, group, qmax)
-
-
-def refine_tile(
-    weight: Tensor,
-    running: Tensor,
-    feedback: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    group: Tensor,
-    qmax: int,
-    codes: Tensor,
-    error: Tensor,
-    sweeps: int,
-    backend: Backend = "auto",
-) -> None:
-    """Coordinate descent on a tile, `codes` and `error` in place; see `reference.refine_tile`."""
-    B, R, T = _check_weight(weight)
-    _check("running", running, (B, R, T), weight)
-    _check("feedback", feedback, (B, T, T), weight)
-    _check("codes", codes, (B, R, T), weight)
-    _check("error", error, (B, R, T), weight)
-    _check_grid(weight, scale, zero_point, group)
-    implementation = _refine_tile if uses_triton(weight, backend) else reference
-    implementation.refine_tile(
-        weight, running, feedback, scale, zero_point, group, qmax, codes, error, sweeps
-    )
 
 
 def compensate(weight: Tensor, error: Tensor, rows: Tensor, backend: Backend = "auto") -> None:

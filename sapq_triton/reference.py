@@ -7,6 +7,7 @@ arguments may be float32 or float64; nothing here checks its arguments (`ops` do
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,39 +47,39 @@ def quantize_groups(
     """
     B, R, C = weight.shape
     G = C // group_size
-    rows = weight.reshape(B * R * G, group_size)
-    codes = torch.empty(rows.shape, dtype=torch.uint8, device=weight.device)
-    scale = rows.new_empty(len(rows), 1)
-    zero_point = torch.empty_like(scale)
-    step = max(1, 2**18 // group_size)  # a chunk of rows that stays in cache during the search
-    for start in range(0, len(rows), step):
+    groups = weight.reshape(B * R * G, group_size)
+    codes = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
+    scale, zero_point = groups.new_empty(2, len(groups))
+    step = max(1, 2**18 // group_size)  # as many groups as stay in cache during the search
+    for start in range(0, len(groups), step):
         part = slice(start, start + step)
-        scale[part], zero_point[part] = _search_grid(rows[part], qmax, symmetric, shrink)
-        codes[part] = to_code(rows[part], scale[part], zero_point[part], qmax)
+        w = groups[part].T.contiguous()  # groups innermost: their grids then need no broadcast
+        scale[part], zero_point[part] = _search_grid(w, qmax, symmetric, shrink)
+        codes[part] = to_code(w, scale[part], zero_point[part], qmax).T
     return codes.view(B, R, C), scale.view(B, R, G), zero_point.view(B, R, G)
 
 
 def _search_grid(
     w: Tensor, qmax: int, symmetric: bool, shrink: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
-    """w [N, group_size]  ->  scale, zero_point [N, 1]"""
+    """w [group_size, N]  ->  scale, zero_point [N]"""
     if symmetric:
-        full = w.abs().amax(1, keepdim=True) / (qmax / 2)
+        full = w.abs().amax(0) / (qmax / 2)
         full = torch.where(full == 0, 1.0, full)
         zero_point = torch.full_like(full, (qmax + 1) // 2)
     else:
-        low = w.amin(1, keepdim=True).clamp_(max=0)
-        full = (w.amax(1, keepdim=True).clamp_(min=0) - low) / qmax
+        low = w.amin(0).clamp_(max=0)
+        full = (w.amax(0).clamp_(min=0) - low) / qmax
         full = torch.where(full == 0, 1.0, full)
         zero_point = (-low / full).round_()
     if len(shrink) == 1:
         return full * shrink[0], zero_point
-    best = torch.full_like(full, torch.inf)
+    best, value = torch.full_like(full, torch.inf), torch.empty_like(w)
     scale, low, high = full, -zero_point, qmax - zero_point
     for fraction in torch.tensor(shrink, dtype=w.dtype, device=w.device).unbind():
         trial = full * fraction
-        value = (w / trial).round_().clamp_(low, high).mul_(trial)
-        error = value.sub_(w).square_().sum(1, keepdim=True)
+        torch.div(w, trial, out=value).round_().clamp_(low, high).mul_(trial)
+        error = value.sub_(w).square_().sum(0)
         better = error < best
         best = torch.where(better, error, best)
         scale = torch.where(better, trial, scale)
@@ -121,94 +122,35 @@ def solve_tile(
     error-feedback form of GPTQ (LDLQ; Chee et al. 2023, arXiv 2307.13304, theorem 6).
     """
     T = weight.shape[2]
-    work = running.mT.clone(memory_format=torch.contiguous_format)
-    columns = _Columns(weight, work, scale, zero_point, group, qmax)
-    error = torch.empty_like(work)
-    errors = error.split(1, 1)
-    for start in range(0, T, SUB_TILE):
-        end = min(start + SUB_TILE, T)
-        inside = feedback[:, start:end, start:end, None]
-        for k in range(start, end):
-            columns.round(k, out=errors[k])
-            if k + 1 < end:
-                f = inside[:, k - start, k + 1 - start :]  # [B, columns to come, 1]
-                work[:, k + 1 : end].addcmul_(f, errors[k])
-        if end < T:
-            work[:, end:].baddbmm_(feedback[:, start:end, end:].mT, error[:, start:end])
-    return columns.codes(), error.mT
+    # NumPy, whose calls cost a fraction of PyTorch's: on small tiles they are all the cost
+    target, f = _columns(weight), _columns(feedback)
+    w = _columns(running).copy()
+    s, z = (
+        np.broadcast_to(_columns(per_column(grid, group)), w.shape) for grid in (scale, zero_point)
+    )
+    errors = np.empty_like(w)
+    arrays = (w, target, s, -z, qmax - z, errors)
+    columns = list(zip(*(array.swapaxes(0, 1) for array in arrays), strict=True))
+    with np.errstate(all="ignore"):  # what overflows is seen in the error
+        for start in range(0, T, SUB_TILE):
+            end = min(start + SUB_TILE, T)
+            w[:, start:end] += f[:, start:end, :start] @ errors[:, :start]
+            for k in range(start, end):
+                step, target_k, scale_k, low, high, error = columns[k]
+                step += (f[:, k : k + 1, start:k] @ errors[:, start:k])[:, 0]
+                np.divide(step, scale_k, step)
+                np.rint(step, step)
+                np.maximum(step, low, out=step)
+                np.minimum(step, high, out=step)  # code - zero_point
+                np.multiply(step, scale_k, error)
+                np.subtract(target_k, error, error)
+        codes = (w + z).astype(np.uint8)
+    return tuple(torch.from_numpy(t).to(weight.device).mT for t in (codes, errors))
 
 
-class _Columns:
-    """Rounding of one column of a tile after another, in as few calls as possible.
-
-    weight [B, R, T]; work [B, T, R]: what is to be rounded, read as it then is.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        work: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        group: Tensor,
-        qmax: int,
-    ) -> None:
-        s, z = (
-            per_column(grid, group).mT.contiguous().expand(work.shape)
-            for grid in (scale, zero_point)
-        )
-        self._zero_point, self._steps = z, torch.empty_like(work)  # steps: code - zero_point
-        self._weight, self._work = weight.mT.split(1, 1), work.split(1, 1)  # [B, 1, R] each
-        self._scale, self._step = s.split(1, 1), self._steps.split(1, 1)
-        self._low, self._high = (-z).split(1, 1), (qmax - z).split(1, 1)
-
-    def round(self, k: int, out: Tensor | None = None) -> Tensor:
-        """Round column k; its error weight - value, [B, 1, R]"""
-        step = (self._work[k] / self._scale[k]).round_()
-        torch.clamp(step, self._low[k], self._high[k], out=self._step[k])
-        return torch.addcmul(self._weight[k], self._step[k], self._scale[k], value=-1, out=out)
-
-    def codes(self) -> Tensor:
-        """uint8 [B, R, T], of all columns as last rounded."""
-        return (self._steps + self._zero_point).to(torch.uint8).mT
-
-
-def refine_tile(
-    weight: Tensor,
-    running: Tensor,
-    feedback: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    group: Tensor,
-    qmax: int,
-    codes: Tensor,
-    error: Tensor,
-    sweeps: int,
-) -> None:
-    """Coordinate descent on the tile: each column in turn takes its best code given all others.
-
-        w'_k    = running_k + sum_{j != k} error_j * feedback_jk
-        code_k  = clamp(round(w'_k / scale) + zero_point, 0, qmax)
-        error_k = weight_k - (code_k - zero_point) * scale
-
-    `sweeps` times over all columns, codes and error in place; shapes as in `solve_tile`, feedback
-    with its whole off-diagonal. With feedback_jk = K_jk / K_kk and running = weight each step
-    minimizes error K error^T over one code (cyclic coordinate descent; QuantEase, arXiv 2309.01885,
-    has it on the whole Hessian).
-    """
-    T = weight.shape[2]
-    others = feedback - torch.diag_embed(feedback.diagonal(dim1=1, dim2=2))
-    work = torch.baddbmm(running.mT, others.mT, error.mT)  # w' of every column, kept up to date
-    columns = _Columns(weight, work, scale, zero_point, group, qmax)
-    errors = list(error.mT.split(1, 1))
-    influence = others[..., None].unbind(1)  # [B, T, 1] each
-    for _ in range(sweeps):
-        for k in range(T):
-            fresh = columns.round(k)
-            work.addcmul_(influence[k], fresh - errors[k])
-            errors[k] = fresh
-    codes.copy_(columns.codes())
-    error.copy_(torch.cat(errors, 1).mT)
+def _columns(matrix: Tensor) -> np.ndarray:
+    """[B, R, T]  ->  [B, T, R], a column of all rows contiguous, on the host"""
+    return matrix.mT.contiguous().cpu().numpy()
 
 
 def compensate(weight: Tensor, error: Tensor, rows: Tensor) -> None:

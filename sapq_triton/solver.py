@@ -197,15 +197,14 @@ def _check(
     if hessian.device != weight.device:
         raise ValueError(f"hessian is on {hessian.device}, weight on {weight.device}")
     for name, tensor, used in (("weight", weight, weight.float()), ("hessian", hessian, hessian)):
-        finite = used.isfinite()
-        if not finite.all():
+        if not used.sum().isfinite() and not (finite := used.isfinite()).all():
             where = (~finite).nonzero()[0].tolist()
             value = tensor[tuple(where)].item()
             raise ValueError(f"{name} must be finite in {used.dtype}, got {value} at {where}")
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     if (diagonal < 0).any():
         raise ValueError(f"hessian has a negative diagonal ({diagonal.min().item()}): not X^T X")
-    skew = (hessian - hessian.mT).abs().amax()
+    skew = (hessian - hessian.mT).abs_().amax()
     if skew > 1e-3 * diagonal.amax():
         raise ValueError(f"hessian must be symmetric, but H - H^T reaches {skew.item():.3g}")
     if order not in get_args(Order):
@@ -400,17 +399,17 @@ def _solve_reranked(
         solved = solved & (info == 0)
         identity = torch.eye(end - start, device=w.device).expand_as(lower)
         root = torch.linalg.solve_triangular(lower, identity, upper=False).mT  # U^-1
-        now = w[:, tile].mT
+        now, curvature = w[:, tile].mT, _by_diagonal(root @ root.mT)  # the latter: A_TT^-1
         grid = (scale, zero_point, columns[:, tile] // group_size, qmax)
         code, error = ops.solve_tile(now, now, _by_diagonal(root), *grid, backend)
-        if sweeps and end - start > 1:
-            ops.refine_tile(
-                now, now, _by_diagonal(root @ root.mT), *grid, code, error, sweeps, backend
-            )
+        for _ in range(sweeps if end - start > 1 else 0):
+            # the same loop again; the columns ahead stand where the last pass put them
+            ahead = now.mT.baddbmm(curvature.tril(-1).mT, error.mT).mT
+            code, error = ops.solve_tile(now, ahead, curvature, *grid, backend)
         codes[:, tile] = code.mT
         solved = solved & error.flatten(1).isfinite().all(1)
         if end < C:
-            rows = torch.linalg.solve_triangular(lower, a[:, tile, behind], upper=False)
+            rows = root.mT @ a[:, tile, behind]
             ops.compensate(w[:, behind].mT, error @ root, rows, backend)
             ops.downdate(a[:, behind, behind], rows, backend)
     index = columns[:, :, None].expand(B, C, R)
@@ -422,9 +421,9 @@ def _by_curvature(inverse: Tensor) -> Tensor:
 
     That is the activation order given that the columns outside the tile will compensate.
     """
-    lower, _ = torch.linalg.cholesky_ex(inverse)
-    identity = torch.eye(lower.shape[1], device=lower.device).expand_as(lower)
-    curvature = torch.linalg.solve_triangular(lower, identity, upper=False).square().sum(1)
+    lower, info = torch.linalg.cholesky_ex(inverse)
+    lower.diagonal(dim1=1, dim2=2).masked_fill_(info[:, None] != 0, 1)
+    curvature = torch.cholesky_inverse(lower).diagonal(dim1=1, dim2=2)
     return curvature.argsort(dim=1, descending=True, stable=True)
 
 

@@ -33,9 +33,6 @@ def to_front(picked: Tensor, length: int) -> Move:
 
 def bring_forward(tensor: Tensor, move: Move, dim: int) -> None:
     """Apply the exchange along `dim`, in place; dimension 0 is the batch."""
-    shape = list(tensor.shape)
-    shape[dim] = move.target.shape[1]
-    view = [1] * tensor.ndim
-    view[0], view[dim] = move.target.shape
-    target, source = (index.view(view).expand(shape) for index in move)
-    tensor.scatter_(dim, target, tensor.gather(dim, source))
+    rows = tensor.transpose(1, dim)
+    each = torch.arange(len(rows), device=rows.device)[:, None]
+    rows[each, move.target] = rows[each, move.source]

@@ -98,7 +98,7 @@ def test_a_column_step_is_short(numbers: Numbers) -> None:
 @needs_tools
 @pytest.mark.slow
 def test_ragged_tiles_too(tmp_path: Path) -> None:
-    numbers = static_numbers(tmp_path, "--kernels", "solve_tile", "refine_tile")
+    numbers = static_numbers(tmp_path, "--kernels", "solve_tile")
     assert {cost["target"] for cost in numbers} == set(static.TARGETS)
     assert_no_spills(numbers)
     assert_short_steps(numbers, {"even", "ragged"})

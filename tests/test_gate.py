@@ -67,7 +67,6 @@ FAULTS: list[Any] = [  # op, what becomes of its result and arguments, the stage
     pytest.param(
         "solve_tile", lambda out, *_: (first_column_flipped(out[0]), out[1]), "parity", id="codes"
     ),
-    pytest.param("refine_tile", lambda out, *a: first_column_flipped(a[7]), "parity", id="refined"),
     pytest.param("compensate", lambda out, w, *_: w.zero_(), "parity", id="lost-weights"),
     pytest.param("downdate", lambda out, a, *_: a.mul_(2), "kernel_times", id="scaled-inverse"),
     pytest.param(

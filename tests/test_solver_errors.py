@@ -257,14 +257,6 @@ OPS: dict[str, tuple[Callable[[], object], str]] = {  # call, message
         lambda: ops.solve_tile(TILE, TILE, A, S, Z.to(META), GROUP, 15),
         "zero_point is on meta, its companion on cpu",
     ),
-    "refine_tile-codes": (
-        lambda: ops.refine_tile(TILE, TILE, A, S, Z, GROUP, 15, TILE[:, :2], TILE, 1),
-        r"codes must be \[2, 3, 4\], got \[2, 2, 4\]",
-    ),
-    "refine_tile-error": (
-        lambda: ops.refine_tile(TILE, TILE, A, S, Z, GROUP, 15, TILE, TILE[0], 1),
-        r"error must be \[2, 3, 4\], got \[3, 4\]",
-    ),
     "compensate-error": (
         lambda: ops.compensate(TILE, torch.ones(2, 3, 5), torch.ones(2, 6, 4)),
         r"error must be \[2, 3, 6\], got \[2, 3, 5\]",
