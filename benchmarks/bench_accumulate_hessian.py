@@ -49,7 +49,7 @@ def case(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) -> 
     rows = ops.accumulate_hessian(total, x, layer.window)
 
     def call(backend: Backend) -> None:
-        ops.accumulate_hessian(total, x, layer.window, backend)
+        ops.accumulate_hessian(total, x, layer.window, backend=backend)
 
     def check(backend: Backend) -> None:
         """Against unfold and a float64 product, relative to what the diagonal allows."""
@@ -65,7 +65,7 @@ def case(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) -> 
 def relative_error(layer: Layer, x: Tensor, backend: Backend) -> float:
     """max |H_ij - exact H_ij| / sqrt(H_ii H_jj) over the lower triangle"""
     actual = torch.zeros(layer.groups, layer.columns, layer.columns, device=x.device)
-    ops.accumulate_hessian(actual, x, layer.window, backend)
+    ops.accumulate_hessian(actual, x, layer.window, backend=backend)
     rows = unfolded(x, layer)
     expected = rows @ rows.mT
     root = expected.diagonal(dim1=1, dim2=2).sqrt().clamp(min=1e-30)

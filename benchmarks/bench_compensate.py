@@ -22,15 +22,20 @@ def case(rows: int, columns: int, tile: int, device: torch.device) -> Case:
     shapes = (1, columns, rows), (1, rows, tile), (1, tile, columns)
     weight, error, row = (torch.randn(s, generator=random, device=device) for s in shapes)
     weight = weight.mT  # as the solver keeps it
+    scale = torch.full((1, rows, 1), 0.5, device=device)
+    grid = (scale, scale * 16, torch.zeros(1, columns, dtype=torch.int64, device=device), 15)
 
     def call(backend: Backend) -> None:
-        ops.compensate(weight, error, row, backend)
+        ops.compensate(weight, error, row, *grid, backend=backend)
 
     def check(backend: Backend) -> None:
         actual = weight.clone()
-        ops.compensate(actual, error, row, backend)
+        cost = ops.compensate(actual, error, row, *grid, backend=backend)
         expected = weight.double() - error.double() @ row.double()
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-4)
+        w = actual.double()
+        delta = w - ((w / 0.5).round() + 8).clamp(0, 15).sub(8).mul(0.5)
+        torch.testing.assert_close(cost.double(), delta.square().sum(1), rtol=1e-4, atol=0)
 
     moved = size(weight, weight, error, row)
     return Case(call, check, moved=moved, flops=2 * rows * columns * tile)

@@ -23,11 +23,11 @@ def case(columns: int, tile: int, device: torch.device) -> Case:
     inverse += inverse.mT.clone()
 
     def call(backend: Backend) -> None:
-        ops.downdate(inverse, rows, backend)
+        ops.downdate(inverse, rows, backend=backend)
 
     def check(backend: Backend) -> None:
         actual = inverse.clone()
-        ops.downdate(actual, rows, backend)
+        ops.downdate(actual, rows, backend=backend)
         expected = inverse.double() - rows.double().mT @ rows.double()
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-4)
 

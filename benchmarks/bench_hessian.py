@@ -31,7 +31,7 @@ def case(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) -> 
     def call(backend: Backend) -> Tensor:
         total = HessianSum(layer.groups, layer.columns, device)
         for x in batches:
-            total.add(x, layer.window, backend)
+            total.add(x, layer.window, backend=backend)
         return total.hessian()
 
     def check(backend: Backend) -> None:

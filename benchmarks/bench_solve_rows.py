@@ -10,7 +10,7 @@ from benchmarks.measure import Case, record, size
 from benchmarks.obq import literal_obq
 from benchmarks.shapes import problem
 from sapq_triton import ops
-from sapq_triton.hessian import damped, inverse
+from sapq_triton.hessian import inverse
 from sapq_triton.ops import Backend
 
 SHAPES = [  # N, F, steps
@@ -24,7 +24,7 @@ def case(rows: int, columns: int, steps: int, device: torch.device) -> Case:
     weight, hessian = problem(rows, columns, device=device)
     _, scale, zero_point = ops.quantize_groups(weight[None], columns, 15, False, (1.0,))
     scale, zero_point = scale[0], zero_point[0]
-    shared = inverse(damped(hessian[None], 0.01))[0]
+    shared = inverse(hessian[None], 0.01)[0]
     each = shared.repeat(rows, 1, 1)
     group = torch.zeros(rows, columns, dtype=torch.int64, device=device)
 

@@ -39,8 +39,8 @@ from benchmarks import (
     bench_downdate,
     bench_hessian,
     bench_quantize_groups,
+    bench_solve_columns,
     bench_solve_rows,
-    bench_solve_tile,
 )
 from benchmarks.bench_accumulate_hessian import CONVOLUTIONS, DEPTHWISE, LINEAR, SMALL
 from benchmarks.bench_solve import BLOCK, SWEEPS, error_ratio, textbook, tolerance
@@ -187,7 +187,7 @@ class Gate:
 
             def accumulate(layer: Layer = layer, x: torch.Tensor = x) -> tuple[torch.Tensor, ...]:
                 total = HessianSum(layer.groups, layer.columns, self.device)
-                total.add(x, layer.window, self.backend)
+                total.add(x, layer.window, backend=self.backend)
                 return (total.hessian(),)
 
             yield {"call": f"Hessian of {layer.name}", "runs": RUNS, "ok": repeats(accumulate)}
@@ -241,7 +241,7 @@ class Gate:
             "quantize_groups, absmax": lambda: bench_quantize_groups.case(R, C, absmax, device),
             "quantize_groups, mse": lambda: bench_quantize_groups.case(R, C, mse, device),
             "column_sensitivity": lambda: bench_column_sensitivity.case(R, C, each, device),
-            "solve_tile": lambda: bench_solve_tile.case(R, each, device),
+            "solve_columns": lambda: bench_solve_columns.case(R, each, device),
             # of the first tile on all others
             "compensate": lambda: bench_compensate.case(R, C - each, each, device),
             "downdate": lambda: bench_downdate.case(C - each, each, device),

@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks.measure import environment, interleaved, markdown, synchronize
 from benchmarks.shapes import Layer, distinct, problem, resnet50
 from sapq_triton import QuantSpec, SolveResult, layer_error, solve
-from sapq_triton.hessian import damped, inverse
+from sapq_triton.hessian import inverse
 from sapq_triton.obq import solve_obq
 from sapq_triton.ops import Backend
 from sapq_triton.solver import dequantize
@@ -138,10 +138,10 @@ class Problem(NamedTuple):
         grid = (self.weight, self.result.scale, self.result.zero_point)
         parts = zip(*(t[rows].to(dtype).split(setting.rows) for t in grid), strict=True)
         a = self.inverse.to(dtype)[None]
-        return torch.cat([
-            solve_obq(w[None], a, s[None], z[None], SPEC.qmax, setting.block, backend)[0][0]
-            for w, s, z in parts
-        ])  # fmt: skip
+        options = (SPEC.qmax, setting.block, "tf32x3", backend)
+        return torch.cat(
+            [solve_obq(w[None], a, s[None], z[None], *options)[0][0] for w, s, z in parts]
+        )
 
     def literal(self, rows: slice, steps: int, dtype: torch.dtype = torch.float32) -> Literal:
         grid = (self.weight, self.inverse, self.result.scale, self.result.zero_point)
@@ -157,7 +157,7 @@ class Problem(NamedTuple):
 
 
 def shared_inverse(hessian: Tensor) -> Tensor:
-    return inverse(damped(hessian[None], DAMP))[0][0].float()
+    return inverse(hessian[None], DAMP)[0][0].float()
 
 
 def literal_size(columns: int, itemsize: int, budget: float) -> tuple[int, int]:

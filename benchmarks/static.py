@@ -12,7 +12,7 @@ spills        bytes per thread in local memory (NVIDIA: stack and local, AMD: sc
               is not zero, the exit status is 1
 shared        bytes per program
 instructions  of the whole kernel in machine code (SASS, AMD GCN), the padding at its end left out
-step          of solve_tile on NVIDIA, whose SUB column steps are unrolled: SASS
+step          of solve_columns on NVIDIA, whose SUB column steps are unrolled: SASS
               instructions per column, those of the loop over sub-tiles (addresses and loads
               included) less those of the loops over other columns within it, divided by SUB
 """
@@ -41,6 +41,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import sapq_triton.kernels
+from sapq_triton.kernels import launch
 from sapq_triton.spec import MSE_SHRINK
 from sapq_triton.window import Window
 
@@ -85,28 +86,36 @@ def column_sensitivity(module: ModuleType) -> None:
     )
 
 
-def solve_tile(module: ModuleType, columns: int) -> None:
-    weight = meta(1, 4096, 4096)[:, :columns].mT
-    feedback = meta(1, 4096, 4096)[:, :columns, :columns]
-    module.solve_tile(weight, weight, feedback, *grid_of(4096, 32, 1, columns), qmax=15)
+def solve_columns(module: ModuleType, columns: int, groups: int, precision: str) -> None:
+    weight = meta(1, columns, 4096).mT
+    module.solve_columns(
+        weight, weight, meta(1, columns, columns), *grid_of(4096, groups, 1, columns), 15, precision
+    )
 
 
-def compensate(module: ModuleType) -> None:
-    module.compensate(meta(1, 4096, 4096)[:, 128:].mT, meta(1, 4096, 128), meta(1, 128, 3968))
+def compensate(module: ModuleType, precision: str) -> None:
+    weight, error, rows = meta(1, 4096, 4096)[:, 128:].mT, meta(1, 4096, 128), meta(1, 128, 3968)
+    module.compensate(weight, error, rows, *grid_of(4096, 32, 1, 3968), 15, precision)
 
 
-def downdate(module: ModuleType) -> None:
-    module.downdate(meta(1, 4096, 4096)[:, 128:, 128:], meta(1, 128, 3968))
+def downdate(module: ModuleType, precision: str) -> None:
+    module.downdate(meta(1, 4096, 4096)[:, 128:, 128:], meta(1, 128, 3968), precision)
 
 
-def accumulate_rows(module: ModuleType, dtype: torch.dtype) -> None:
+def accumulate_rows(module: ModuleType, dtype: torch.dtype, precision: str = "ieee") -> None:
     inputs = meta(65536, 4096, 1, 1, 1, dtype=dtype)
-    module.accumulate_hessian(meta(1, 4096, 4096), inputs, Window())
+    module.accumulate_hessian(meta(1, 4096, 4096), inputs, Window(), precision)
 
 
-def accumulate_patches(module: ModuleType, dtype: torch.dtype) -> None:
+def accumulate_patches(module: ModuleType, dtype: torch.dtype, precision: str = "ieee") -> None:
     inputs = meta(32, 64, 1, 58, 58, dtype=dtype)
-    module.accumulate_hessian(meta(1, 576, 576), inputs, Window(size=(1, 3, 3)))
+    module.accumulate_hessian(meta(1, 576, 576), inputs, Window(size=(1, 3, 3)), precision)
+
+
+def accumulate_depthwise(module: ModuleType, dtype: torch.dtype, precision: str = "ieee") -> None:
+    window = Window(size=(1, 3, 3), groups=64)
+    inputs = meta(32, 64, 1, 58, 58, dtype=dtype)
+    module.accumulate_hessian(meta(64, 9, 9), inputs, window, precision)
 
 
 def solve_rows(module: ModuleType, columns: int) -> None:
@@ -123,17 +132,29 @@ CASES: dict[str, dict[str, Callable[[ModuleType], None]]] = {
         "mse symmetric": lambda module: quantize_groups(module, True, MSE_SHRINK),
     },
     "column_sensitivity": {"": column_sensitivity},
-    "solve_tile": {
-        "even": lambda module: solve_tile(module, 128),
-        "ragged": lambda module: solve_tile(module, 100),
+    "solve_columns": {
+        "groups": lambda module: solve_columns(module, 4096, 32, "tf32x3"),
+        "one group": lambda module: solve_columns(module, 4096, 1, "tf32x3"),
+        "groups ieee": lambda module: solve_columns(module, 4096, 32, "ieee"),
+        "ragged": lambda module: solve_columns(module, 4100, 1, "tf32x3"),
     },
-    "compensate": {"": compensate},
-    "downdate": {"": downdate},
+    "compensate": {
+        "": lambda module: compensate(module, "tf32x3"),
+        "ieee": lambda module: compensate(module, "ieee"),
+    },
+    "downdate": {
+        "": lambda module: downdate(module, "tf32x3"),
+        "ieee": lambda module: downdate(module, "ieee"),
+    },
     "accumulate_hessian": {
-        "rows float32": lambda module: accumulate_rows(module, torch.float32),
+        "rows float32": lambda module: accumulate_rows(module, torch.float32, "tf32x3"),
+        "rows float32 ieee": lambda module: accumulate_rows(module, torch.float32, "ieee"),
         "rows bfloat16": lambda module: accumulate_rows(module, torch.bfloat16),
-        "patches float32": lambda module: accumulate_patches(module, torch.float32),
+        "patches float32": lambda module: accumulate_patches(module, torch.float32, "tf32x3"),
+        "patches float32 ieee": lambda module: accumulate_patches(module, torch.float32, "ieee"),
         "patches bfloat16": lambda module: accumulate_patches(module, torch.bfloat16),
+        "depthwise float32": lambda module: accumulate_depthwise(module, torch.float32, "tf32x3"),
+        "depthwise bfloat16": lambda module: accumulate_depthwise(module, torch.bfloat16),
     },
     "solve_rows": {
         "128 columns": lambda module: solve_rows(module, 128),
@@ -187,23 +208,25 @@ def kernels_of(module: ModuleType) -> dict[str, JITFunction]:
 
 
 @contextmanager
-def recorded(module: ModuleType, target: GPUTarget) -> Iterator[list[Recorder]]:
-    """Replace the kernels of a module, and its warp size, which follows the installed torch."""
-    before = dict(vars(module))
+def recorded(module: ModuleType, target: str) -> Iterator[list[Recorder]]:
+    """Replace the kernels of a module, and the device family whose launch parameters it takes."""
+    before, family = dict(vars(module)), launch.family
     recorders = {name: Recorder(kernel) for name, kernel in kernels_of(module).items()}
     vars(module).update(recorders)
-    if hasattr(module, "WARP"):
-        module.WARP = target.warp_size
+    launch.family = lambda _: target
     try:
         yield list(recorders.values())
     finally:
         vars(module).update(before)
+        launch.family = family
 
 
 def compiled(launch: Recorder, target: GPUTarget) -> Any:
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
+        if name == "PRECISION" and target.backend == "hip":
+            value = "ieee"  # as ops.dot_precision has it
         if parameter.is_constexpr or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
@@ -264,18 +287,17 @@ def nvidia_instructions(listing: str) -> list[str]:
 
 def column_step(code: Sequence[str], sub: int) -> float:
     """`step` of the module docstring"""
-    stores = [index for index, line in enumerate(code) if "STG.E.U8" in line]
-    if len(stores) != sub:
-        raise RuntimeError(
-            f"expected {sub} stores of codes, one per column step, found {len(stores)}"
-        )
+    ends = [index for index, line in enumerate(code) if re.match(r"(@!?U?P\d )?EXIT", line)]
+    divisions = [index for index, line in enumerate(code[: ends[-1]]) if "MUFU.RCP" in line]
+    if len(divisions) != sub:
+        raise RuntimeError(f"expected {sub} divisions, one per column step, found {len(divisions)}")
     labels = {line[:-1]: index for index, line in enumerate(code) if line.endswith(":")}
     loops = []
     for index, line in enumerate(code):
         jump = re.search(r"\bBRA\b.*?`\((\.L\w+)\)", line)
         if jump and labels[jump[1]] < index:
             loops.append(range(labels[jump[1]], index + 1))
-    around = [loop for loop in loops if loop[0] < stores[0] and stores[-1] < loop[-1]]
+    around = [loop for loop in loops if loop[0] < divisions[0] and divisions[-1] < loop[-1]]
     body = set(min(around, key=len))
     for loop in loops:
         if loop not in around:
@@ -309,7 +331,7 @@ def measurements(
             for variant, call in CASES[name].items():
                 if variant in skip:
                     continue
-                with recorded(modules[name], TARGETS[target]) as recorders:
+                with recorded(modules[name], target) as recorders:
                     call(modules[name])
                 for recorder in recorders:
                     if recorder.arguments is not None:

@@ -3,11 +3,13 @@
     total_g += X_g^T X_g        row (image, position), column (channel of group g, window offset)
 
 Only tiles of the lower triangle are computed and written. 16-bit inputs are multiplied as they are
-(their products are exact in float32), float32 inputs in float32; sums are float32, or float64 where
-the total is. Equal to `sapq_triton.reference.accumulate_hessian` up to the order of the sum.
+(their products are exact in float32), float32 as PRECISION says; sums are float32, or float64 where
+the total is. Equal to `sapq_triton.reference.accumulate_hessian` up to the order of the sum and,
+where PRECISION is not "ieee", the products of float32.
 
-The rows are split among SPLITS programs per tile, each with a partial sum of its own: the split
-depends on shapes only and nothing is added atomically, so that the sum is always the same.
+Where there are too few tiles to fill a GPU, the rows are split among SPLITS programs per tile, each
+with a partial sum of its own: the split depends on shapes only and nothing is added atomically, so
+that the sum is always the same.
 """
 
 import torch
@@ -15,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import parameters
 from .triangle import even_tiles, triangle_tile
 
 PROGRAMS = 512  # enough to fill a GPU; more only cost memory for partial sums
@@ -51,6 +54,8 @@ def _accumulate_hessian_kernel(
     rows_total,  # N * out_d * out_h * out_w
     rows_each,  # rows of one split, a multiple of BLOCK_ROWS
     n,
+    ADD: tl.constexpr,  # to what is there
+    PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -90,25 +95,33 @@ def _accumulate_hessian_kernel(
         # both in one layout: the other way round each thread would need the offsets of more rows
         x_i = tl.load(x_ptr + offset[:, None] + offset_i[None, :], mask=mask_i, other=0.0)
         x_j = tl.load(x_ptr + offset[:, None] + offset_j[None, :], mask=mask_j, other=0.0)
-        total = tl.dot(tl.trans(x_i), x_j, total, input_precision="ieee")
+        total = tl.dot(tl.trans(x_i), x_j, total, input_precision=PRECISION)
     p_ptrs = partial_ptr + split * stride_ps + group * stride_pg
     p_ptrs += i[:, None].to(tl.int64) * stride_pi + j[None, :].to(tl.int64) * stride_pj
-    tl.store(p_ptrs, total, mask=(i < C)[:, None] & (j < C)[None, :])
+    mask = (i < C)[:, None] & (j < C)[None, :]
+    if ADD:
+        total += tl.load(p_ptrs, mask=mask, other=0.0)
+    tl.store(p_ptrs, total, mask=mask)
 
 
-def accumulate_hessian(total: Tensor, inputs: Tensor, window) -> None:
+def accumulate_hessian(total: Tensor, inputs: Tensor, window, precision: str) -> None:
     """total [groups, C, C] in place, inputs [N, channels, D, H, W]; window: `sapq_triton.Window`"""
     if inputs.dtype == torch.float64:
         inputs = inputs.float()
     groups, C, _ = total.shape
     positions = window.positions(inputs.shape[2:])
     rows = len(inputs) * positions[0] * positions[1] * positions[2]
-    BLOCK_C, BLOCK_ROWS = 64, 32
-    n, tiles = even_tiles(C, BLOCK_C)
+    precision = precision if inputs.dtype == torch.float32 else "16-bit"
+    blocks = dict(parameters("accumulate_hessian", inputs.device, precision))
+    if blocks["BLOCK_C"] > C:
+        blocks |= {"BLOCK_C": max(16, triton.next_power_of_2(C)), "num_warps": 4}
+    n, tiles = even_tiles(C, blocks["BLOCK_C"])
     splits = max(1, min(PROGRAMS // (tiles * groups), rows // 1024))
-    rows_each = triton.cdiv(triton.cdiv(rows, splits), BLOCK_ROWS) * BLOCK_ROWS
+    rows_each = triton.cdiv(triton.cdiv(rows, splits), blocks["BLOCK_ROWS"]) * blocks["BLOCK_ROWS"]
+    into = splits == 1 and total.dtype == torch.float32
     # the upper triangle is never written, nor read
-    partial = torch.zeros((splits, groups, C, C), dtype=torch.float32, device=total.device)
+    shape = (splits, groups, C, C)
+    partial = total[None] if into else torch.zeros(shape, dtype=torch.float32, device=total.device)
     with torch.cuda.device_of(inputs):
         _accumulate_hessian_kernel[(tiles, groups, splits)](
             inputs, *inputs.stride(),
@@ -121,7 +134,9 @@ def accumulate_hessian(total: Tensor, inputs: Tensor, window) -> None:
             rows,
             rows_each,
             n,
-            BLOCK_C=BLOCK_C,
-            BLOCK_ROWS=BLOCK_ROWS,
+            ADD=into,
+            PRECISION="ieee" if precision == "16-bit" else precision,  # which 16 bits do not need
+            **blocks,
         )  # fmt: skip
-    total += partial.to(total.dtype).sum(0)
+    if not into:
+        total += partial.to(total.dtype).sum(0)

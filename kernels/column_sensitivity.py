@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import parameters
 from .rounding import to_code, to_value
 
 
@@ -58,9 +59,9 @@ def column_sensitivity(
     """weight [B, R, F], scale, zero_point [B, R, G], group, diagonal [B, F]  ->  float32 [B, F]"""
     B, R, F = weight.shape
     cost = torch.empty((B, F), dtype=torch.float32, device=weight.device)
-    BLOCK_F = 16
+    blocks = parameters("column_sensitivity", weight.device)
     with torch.cuda.device_of(weight):
-        _column_sensitivity_kernel[(triton.cdiv(F, BLOCK_F), B)](
+        _column_sensitivity_kernel[(triton.cdiv(F, blocks["BLOCK_F"]), B)](
             weight, *weight.stride(),
             scale, *scale.stride(),
             zero_point, *zero_point.stride(),
@@ -70,7 +71,6 @@ def column_sensitivity(
             R,
             F,
             float(qmax),
-            BLOCK_R=128,
-            BLOCK_F=BLOCK_F,
+            **blocks,
         )  # fmt: skip
     return cost

@@ -3,7 +3,8 @@
     A_FF -= V^T V        V = U_TT^-T A_TF [T, F]
 
 Only tiles of the lower triangle are computed; each is also written transposed, so that A stays
-exactly symmetric. Float32; equal to `sapq_triton.reference.downdate` up to the order of the sum.
+exactly symmetric. Equal to `sapq_triton.reference.downdate` up to the order of the sum and, where
+PRECISION is not "ieee", its products.
 """
 
 import torch
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import parameters
 from .triangle import even_tiles, triangle_tile
 
 
@@ -21,6 +23,7 @@ def _downdate_kernel(
     F,
     T,
     n,
+    PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +40,7 @@ def _downdate_kernel(
         j_ptrs = rows_ptr + t[:, None] * stride_vt + j[None, :] * stride_vf
         v_i = tl.load(i_ptrs, mask=(i < F)[:, None] & (t < T)[None, :], other=0.0)
         v_j = tl.load(j_ptrs, mask=(t < T)[:, None] & (j < F)[None, :], other=0.0)
-        update = tl.dot(v_i, v_j, update, input_precision="ieee")
+        update = tl.dot(v_i, v_j, update, input_precision=PRECISION)
     mask = (i < F)[:, None] & (i[:, None] >= j[None, :])  # each element once, by one thread
     lower = inverse_ptr + i[:, None] * stride_ai + j[None, :] * stride_aj
     upper = inverse_ptr + j[None, :] * stride_ai + i[:, None] * stride_aj
@@ -46,11 +49,11 @@ def _downdate_kernel(
     tl.store(upper, a, mask=mask & (i[:, None] > j[None, :]))
 
 
-def downdate(inverse: Tensor, rows: Tensor) -> None:
+def downdate(inverse: Tensor, rows: Tensor, precision: str) -> None:
     """inverse [B, F, F] in place, rows [B, T, F]"""
     B, F, _ = inverse.shape
-    BLOCK_F = 64
-    n, tiles = even_tiles(F, BLOCK_F)
+    blocks = parameters("downdate", inverse.device)
+    n, tiles = even_tiles(F, blocks["BLOCK_F"])
     with torch.cuda.device_of(inverse):
         _downdate_kernel[(tiles, B)](
             inverse, *inverse.stride(),
@@ -58,6 +61,6 @@ def downdate(inverse: Tensor, rows: Tensor) -> None:
             F,
             rows.shape[1],
             n,
-            BLOCK_F=BLOCK_F,
-            BLOCK_T=16,
+            PRECISION=precision,
+            **blocks,
         )  # fmt: skip

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import parameters
 from .rounding import round_half_even, to_code, to_value
 
 
@@ -105,8 +106,9 @@ def quantize_groups(
     codes = torch.empty((B, R, C), dtype=torch.uint8, device=weight.device)
     scale = torch.empty((B, R, G), dtype=torch.float32, device=weight.device)
     zero_point = torch.empty_like(scale)
-    BLOCK_C = min(triton.next_power_of_2(group_size), 256)
-    BLOCK_R = max(1, 1024 // BLOCK_C)
+    blocks = parameters("quantize_groups", weight.device)
+    BLOCK_C = min(triton.next_power_of_2(group_size), blocks["BLOCK_C"])
+    BLOCK_R = max(1, blocks["ELEMENTS"] // BLOCK_C)
     with torch.cuda.device_of(weight):
         _quantize_groups_kernel[(triton.cdiv(R, BLOCK_R), G, B)](
             weight, *weight.stride(),
@@ -120,5 +122,6 @@ def quantize_groups(
             SYMMETRIC=symmetric,
             BLOCK_R=BLOCK_R,
             BLOCK_C=BLOCK_C,
+            num_warps=blocks["num_warps"],
         )  # fmt: skip
     return codes, scale, zero_point

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import parameters
 from .rounding import to_code, to_value
 
 
@@ -128,7 +129,8 @@ def solve_rows(
     rows = torch.empty((N, steps, F), dtype=torch.float32, device=weight.device)
     diagonal = inverse.diagonal(dim1=1, dim2=2).clone(memory_format=torch.contiguous_format)
     done = torch.zeros((N, F), dtype=torch.int8, device=weight.device)
-    num_warps = 4 if F > 256 else 1
+    blocks = parameters("solve_rows", weight.device)
+    num_warps = blocks["num_warps"] if F > 256 else 1
     with torch.cuda.device_of(weight):
         _solve_rows_kernel[(N,)](
             weight, *weight.stride(),
@@ -144,7 +146,7 @@ def solve_rows(
             F,
             steps,
             float(qmax),
-            BLOCK_F=max(64 * num_warps, min(1024, triton.next_power_of_2(F))),
+            BLOCK_F=max(64 * num_warps, min(blocks["BLOCK_F"], triton.next_power_of_2(F))),
             num_warps=num_warps,
         )  # fmt: skip
     return picked, codes, rows

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops import Backend
+from .ops import Backend, Precision
 from .window import Window
 
 
@@ -30,9 +30,15 @@ class HessianSum:
         self.sums = torch.zeros(groups, columns, dtype=dtype, device=device)
         self.rows = 0
 
-    def add(self, inputs: Tensor, window: Window | None = None, backend: Backend = "auto") -> None:
+    def add(
+        self,
+        inputs: Tensor,
+        window: Window | None = None,
+        precision: Precision = "tf32x3",
+        backend: Backend = "auto",
+    ) -> None:
         """inputs: [N, C] rows, or with a window an image batch [N, channels, *space], padded."""
-        self.rows += ops.accumulate_hessian(self.total, inputs, window, backend)
+        self.rows += ops.accumulate_hessian(self.total, inputs, window, precision, backend)
         together = inputs.sum(0, keepdim=True, dtype=self.total.dtype)  # patches of a sum of images
         self.sums += together if window is None else window.patches(together).sum(2)
 
@@ -65,37 +71,52 @@ def revive(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return revived, count
 
 
-def damped(hessian: Tensor, damp: float) -> Tensor:
-    """H + damp mean(diag H) I; [B, C, C], a copy"""
-    out = hessian.clone()
-    diagonal = out.diagonal(dim1=1, dim2=2)
-    diagonal += damp * diagonal.mean(1, keepdim=True)
+def damped(hessian: Tensor, damp: float, columns: Tensor | None = None) -> Tensor:
+    """H + damp mean(diag H) I, in another order of `columns` [B, T] if given; a copy.
+
+    hessian [B, C, C]  ->  [B, C, C] or [B, T, T]
+    """
+    ridge = damp * hessian.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    out = hessian.clone() if columns is None else permuted(hessian, columns)
+    out.diagonal(dim1=1, dim2=2).add_(ridge)
     return out
 
 
 def permuted(matrix: Tensor, columns: Tensor) -> Tensor:
     """matrix[columns, columns] per problem: [B, C, C], int64 [B, T]  ->  [B, T, T]"""
-    B, T = columns.shape
-    rows = matrix.gather(1, columns[:, :, None].expand(B, T, matrix.shape[2]))
-    return rows.gather(2, columns[:, None, :].expand(B, T, T))
+    each = torch.arange(len(matrix), device=matrix.device)[:, None, None]
+    return matrix[each, columns[:, :, None], columns[:, None, :]]
 
 
-def feedback_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """M of H = M D M^T, unit upper triangular: [B, C, C]  ->  [B, C, C], solved bool [B]
+def _cholesky_(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower factor in place of a symmetric matrix [B, C, C], and where there is one, bool [B]
 
-    One factorization: with rows and columns reversed, the lower Cholesky factor of H is M sqrt(D)
-    read backwards.
+    Its diagonal is 1 where there is none: a zero would raise in what follows.
     """
-    lower, info = torch.linalg.cholesky_ex(hessian.flip((1, 2)))
-    lower /= lower.diagonal(dim1=1, dim2=2)[:, None, :].clone()
-    return lower.flip((1, 2)), info == 0
-
-
-def inverse(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """H^-1, exactly symmetric: [B, C, C]  ->  [B, C, C], solved bool [B]"""
-    lower, info = torch.linalg.cholesky_ex(hessian)
+    lower, info = matrix.mT, torch.empty(len(matrix), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))  # column-major: no copy is made
     solved = info == 0
-    # where there is no factor, a zero on its diagonal would raise
     lower.diagonal(dim1=1, dim2=2).masked_fill_(~solved[:, None], 1)
-    out = torch.cholesky_inverse(lower)
-    return out.add(out.mT).mul_(0.5), solved
+    return lower, solved
+
+
+def feedback_factor(
+    hessian: Tensor, damp: float = 0.0, columns: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """M of H = M D M^T, unit upper triangular, H damped and in the order of `columns` [B, C].
+
+    hessian [B, C, C]  ->  [B, C, C], solved bool [B]. One factorization: with rows and columns
+    reversed, the lower Cholesky factor of H is M sqrt(D) read backwards.
+    """
+    B, C, _ = hessian.shape
+    if columns is None:
+        columns = torch.arange(C, device=hessian.device).expand(B, C)
+    lower, solved = _cholesky_(damped(hessian, damp, columns.flip(1)))
+    lower /= lower.diagonal(dim1=1, dim2=2)[:, None, :].clone()
+    return lower.flip((1, 2)), solved
+
+
+def inverse(hessian: Tensor, damp: float = 0.0) -> tuple[Tensor, Tensor]:
+    """H^-1 of the damped H, symmetric up to rounding: [B, C, C]  ->  [B, C, C], solved bool [B]"""
+    lower, solved = _cholesky_(damped(hessian, damp))
+    return torch.cholesky_inverse(lower), solved

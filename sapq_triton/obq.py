@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops import Backend
+from .ops import Backend, Precision
 from .tile import bring_forward, to_front
 
 MEMORY = 2**30  # bytes of per-row inverses held at a time
@@ -22,6 +22,7 @@ def solve_obq(
     zero_point: Tensor,
     qmax: int,
     block: int,
+    precision: Precision,
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
     """weight [B, R, C], inverse [B, C, C], scale, zero_point [B, R, G]
@@ -36,7 +37,7 @@ def solve_obq(
         for start in range(0, R, chunk):
             rows = (problem, slice(start, start + chunk))
             codes[rows], finite = _solve_chunk(
-                weight[rows], a, scale[rows], zero_point[rows], qmax, block, backend
+                weight[rows], a, scale[rows], zero_point[rows], qmax, block, precision, backend
             )
             solved[problem] &= finite
     return codes, solved
@@ -49,6 +50,7 @@ def _solve_chunk(
     zero_point: Tensor,
     qmax: int,
     block: int,
+    precision: Precision,
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
     """weight [N, C], shared [C, C], scale, zero_point [N, G]  ->  codes uint8 [N, C], solved"""
@@ -75,6 +77,6 @@ def _solve_chunk(
         w, columns = w[:, steps:], columns[:, steps:]
         inverse = inverse[:, steps:, steps:]
         if start + steps < C:
-            ops.downdate(inverse, v[:, :, steps:], backend)
+            ops.downdate(inverse, v[:, :, steps:], precision, backend)
     # the root of a negative diagonal, NaN, spreads to all weights of the row
     return codes, all_columns.isfinite().all()

@@ -9,6 +9,7 @@ import math
 import os
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from . import reference
@@ -20,8 +21,8 @@ try:
     from .kernels import compensate as _compensate
     from .kernels import downdate as _downdate
     from .kernels import quantize_groups as _quantize_groups
+    from .kernels import solve_columns as _solve_columns
     from .kernels import solve_rows as _solve_rows
-    from .kernels import solve_tile as _solve_tile
 except ModuleNotFoundError as missing:  # triton has no build for this platform
     if missing.name != "triton":
         raise
@@ -30,6 +31,7 @@ else:
     HAS_TRITON = True
 
 Backend = Literal["auto", "triton", "reference"]
+Precision = Literal["ieee", "tf32x3", "tf32"]  # of the kernels' products of float32
 
 
 def uses_triton(tensor: Tensor, backend: Backend) -> bool:
@@ -46,6 +48,13 @@ def uses_triton(tensor: Tensor, backend: Backend) -> bool:
                 "or set TRITON_INTERPRET=1 before triton is imported"
             )
     return backend == "triton" or (backend == "auto" and on_gpu and HAS_TRITON)
+
+
+def dot_precision(precision: Precision) -> str:
+    """What a kernel's `tl.dot` takes: AMD's matrix cores multiply float32 as it is."""
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}")
+    return "ieee" if torch.version.hip else precision
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor | None = None) -> None:
@@ -105,7 +114,7 @@ def column_sensitivity(
     return implementation.column_sensitivity(weight, scale, zero_point, group, diagonal, qmax)
 
 
-def solve_tile(
+def solve_columns(
     weight: Tensor,
     running: Tensor,
     feedback: Tensor,
@@ -113,39 +122,63 @@ def solve_tile(
     zero_point: Tensor,
     group: Tensor,
     qmax: int,
+    precision: Precision = "tf32x3",
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Quantize a tile of columns with error feedback; see `reference.solve_tile`."""
-    B, R, T = _check_weight(weight)
-    _check("running", running, (B, R, T), weight)
-    _check("feedback", feedback, (B, T, T), weight)
+    """Quantize columns with error feedback; see `reference.solve_columns`."""
+    B, R, C = _check_weight(weight)
+    _check("running", running, (B, R, C), weight)
+    _check("feedback", feedback, (B, C, C), weight)
     _check_grid(weight, scale, zero_point, group)
-    implementation = _solve_tile if uses_triton(weight, backend) else reference
-    return implementation.solve_tile(weight, running, feedback, scale, zero_point, group, qmax)
+    arguments = (weight, running, feedback, scale, zero_point, group, qmax)
+    if uses_triton(weight, backend):
+        return _solve_columns.solve_columns(*arguments, dot_precision(precision))
+    return reference.solve_columns(*arguments)
 
 
-def compensate(weight: Tensor, error: Tensor, rows: Tensor, backend: Backend = "auto") -> None:
-    """W_F -= E V, in place; see `reference.compensate`."""
+def compensate(
+    weight: Tensor,
+    error: Tensor,
+    rows: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor,
+    qmax: int,
+    precision: Precision = "tf32x3",
+    backend: Backend = "auto",
+) -> Tensor:
+    """W_F -= E V, in place, and what rounding then costs; see `reference.compensate`."""
     B, R, F = _check_weight(weight)
     T = rows.shape[1] if rows.ndim == 3 else 0
     _check("error", error, (B, R, T), weight)
     _check("rows", rows, (B, T, F), weight)
-    implementation = _compensate if uses_triton(weight, backend) else reference
-    implementation.compensate(weight, error, rows)
+    _check_grid(weight, scale, zero_point, group)
+    arguments = (weight, error, rows, scale, zero_point, group, qmax)
+    if uses_triton(weight, backend):
+        return _compensate.compensate(*arguments, dot_precision(precision))
+    return reference.compensate(*arguments)
 
 
-def downdate(inverse: Tensor, rows: Tensor, backend: Backend = "auto") -> None:
+def downdate(
+    inverse: Tensor, rows: Tensor, precision: Precision = "tf32x3", backend: Backend = "auto"
+) -> None:
     """A_FF -= V^T V, in place; see `reference.downdate`."""
     if inverse.ndim != 3 or inverse.shape[1] != inverse.shape[2]:
         raise ValueError(f"inverse must be [B, F, F], got {list(inverse.shape)}")
     B, _, F = inverse.shape
     _check("rows", rows, (B, rows.shape[1] if rows.ndim == 3 else 0, F), inverse)
-    implementation = _downdate if uses_triton(inverse, backend) else reference
-    implementation.downdate(inverse, rows)
+    if uses_triton(inverse, backend):
+        _downdate.downdate(inverse, rows, dot_precision(precision))
+    else:
+        reference.downdate(inverse, rows)
 
 
 def accumulate_hessian(
-    total: Tensor, inputs: Tensor, window: Window | None = None, backend: Backend = "auto"
+    total: Tensor,
+    inputs: Tensor,
+    window: Window | None = None,
+    precision: Precision = "tf32x3",
+    backend: Backend = "auto",
 ) -> int:
     """total += X^T X, in place, lower triangle; returns the number of rows of X.
 
@@ -170,8 +203,10 @@ def accumulate_hessian(
             f"of {list(inputs.shape[2:])}"
         )
     if len(inputs):
-        implementation = _accumulate_hessian if uses_triton(inputs, backend) else reference
-        implementation.accumulate_hessian(total, inputs, window)
+        if uses_triton(inputs, backend):
+            _accumulate_hessian.accumulate_hessian(total, inputs, window, dot_precision(precision))
+        else:
+            reference.accumulate_hessian(total, inputs, window)
     return len(inputs) * math.prod(positions)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .hessian import inverse
+from .hessian import damped, inverse
 from .ops import Backend
 from .spec import Order
 
@@ -15,12 +15,13 @@ def static_order(
     order: Order,
     weight: Tensor,
     hessian: Tensor,
+    damp: float,
     scale: Tensor,
     zero_point: Tensor,
     qmax: int,
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
-    """weight [B, R, C], damped hessian [B, C, C]  ->  columns int64 [B, C], solved bool [B]"""
+    """weight [B, R, C], hessian [B, C, C]  ->  columns int64 [B, C], solved bool [B]"""
     B, _, C = weight.shape
     natural = torch.arange(C, device=weight.device).expand(B, C)
     solved = torch.ones(B, dtype=torch.bool, device=weight.device)
@@ -30,8 +31,8 @@ def static_order(
     if order == "activation":
         return diagonal.argsort(dim=1, descending=True, stable=True), solved
     if order == "min-pivot":
-        return min_pivot_order(hessian), solved
-    a, solved = inverse(hessian)
+        return min_pivot_order(damped(hessian, damp)), solved
+    a, solved = inverse(hessian, damp)
     group = natural // (C // scale.shape[2])
     cost = ops.column_sensitivity(
         weight, scale, zero_point, group, a.diagonal(dim1=1, dim2=2).float(), qmax, backend

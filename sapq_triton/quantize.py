@@ -27,7 +27,7 @@ from . import layers
 from .calibrate import ChannelMoments, Lockstep
 from .hessian import HessianSum
 from .layers import Layer
-from .ops import Backend, uses_triton
+from .ops import Backend, Precision, uses_triton
 from .report import LayerReport, Report
 from .solver import solve
 from .spec import Order, QuantSpec
@@ -71,6 +71,7 @@ def quantize(
     block: int = 128,
     sweeps: int = 2,
     damp: float = 0.01,
+    precision: Precision = "tf32x3",
     backend: Backend = "auto",
     batchnorm: BatchNormRule = "paired",
     bias_correction: bool = True,
@@ -91,7 +92,7 @@ def quantize(
         large batches are better than many small ones.
     spec: the grid; overrides: glob pattern of layer names -> another spec, the last match wins.
     skip: glob patterns of layer names that are left as they are.
-    order, block, sweeps, damp, backend: as in `solve`.
+    order, block, sweeps, damp, precision, backend: as in `solve`.
     batchnorm: "paired" adds to each BatchNorm's statistics the change that quantization caused on
         the calibration data (running_mean += mean_q - mean_fp, running_var *= var_q / var_fp);
         "reestimate" resets and estimates them anew; "keep" leaves them.
@@ -116,7 +117,9 @@ def quantize(
     """
     started = time.perf_counter()
     overrides = dict(overrides or {})
-    options = dict(order=order, block=block, sweeps=sweeps, damp=damp, backend=backend)
+    options: dict[str, Any] = dict(
+        order=order, block=block, sweeps=sweeps, damp=damp, precision=precision, backend=backend
+    )
     _check(model, batches, spec, skip, overrides, batchnorm, hessian_dtype, options)
     batches = list(batches)
     if not batches:
@@ -389,9 +392,8 @@ class _Run:
         rows, window = layers.input_rows(module, inputs, self._pass.mask)
         if not rows.isfinite().all():  # of the rows that count: padding tokens may hold anything
             raise ValueError(f"the input of {target.name!r} holds NaN or Inf during calibration")
-        target.hessian_sum(rows.device, self.hessian_dtype).add(
-            rows, window, self.options["backend"]
-        )
+        total = target.hessian_sum(rows.device, self.hessian_dtype)
+        total.add(rows, window, self.options["precision"], self.options["backend"])
         target.seconds_hessian += time.perf_counter() - started
 
     def _solve(self, target: _Target, advance: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""The mathematics in plain PyTorch: ground truth of the tests, and the path on a CPU.
+"""The mathematics in PyTorch and NumPy: ground truth of the tests, and the path on a CPU.
 
 Shapes: B problems of one shape (groups of a convolution, experts), R rows (out features), C columns
 (in features), G groups of columns, T columns of a tile, F columns still unquantized. Floating point
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .window import Window
 
-SUB_TILE = 32  # columns of `solve_tile` between two matrix products
+SUB_TILE = 64  # columns of `solve_columns` between two matrix products
 PATCH_ELEMENTS = 2**20  # unfolded inputs of a convolution held at a time
 
 
@@ -94,12 +94,17 @@ def column_sensitivity(
     weight [B, R, F], scale, zero_point [B, R, G], group int64 [B, F] (the group of each column),
     diagonal [B, F] of the inverse Hessian A  ->  [B, F]
     """
+    return _rounding_cost(weight, scale, zero_point, group, qmax) / diagonal
+
+
+def _rounding_cost(
+    weight: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, qmax: int
+) -> Tensor:
     s, z = per_column(scale, group), per_column(zero_point, group)
-    error = to_code(weight, s, z, qmax).sub_(z).mul_(s).sub_(weight)
-    return error.square_().sum(1).div_(diagonal)
+    return to_code(weight, s, z, qmax).sub_(z).mul_(s).sub_(weight).square_().sum(1)
 
 
-def solve_tile(
+def solve_columns(
     weight: Tensor,
     running: Tensor,
     feedback: Tensor,
@@ -108,57 +113,75 @@ def solve_tile(
     group: Tensor,
     qmax: int,
 ) -> tuple[Tensor, Tensor]:
-    """Quantize the columns of a tile one after another, all rows in parallel.
+    """Quantize columns one after another, all rows in parallel.
 
         w'_k    = running_k + sum_{j < k} error_j * feedback_jk
         code_k  = clamp(round(w'_k / scale) + zero_point, 0, qmax)
         error_k = weight_k - (code_k - zero_point) * scale
 
-    weight, running [B, R, T], feedback [B, T, T] unit upper triangular (only the part above the
-    diagonal is read), scale, zero_point [B, R, G], group int64 [B, T]
-    ->  codes uint8 [B, R, T], error [B, R, T]
+    weight, running [B, R, C], feedback [B, C, C] unit upper triangular (only the part above the
+    diagonal is read), scale, zero_point [B, R, G], group int64 [B, C]
+    ->  codes uint8 [B, R, C], error [B, R, C]
 
     With H = M D M^T, M unit upper triangular, feedback M, and running = weight this is the
     error-feedback form of GPTQ (LDLQ; Chee et al. 2023, arXiv 2307.13304, theorem 6).
     """
-    T = weight.shape[2]
-    # NumPy, whose calls cost a fraction of PyTorch's: on small tiles they are all the cost
-    target, f = _columns(weight), _columns(feedback)
-    w = _columns(running).copy()
-    s, z = (
-        np.broadcast_to(_columns(per_column(grid, group)), w.shape) for grid in (scale, zero_point)
-    )
-    errors = np.empty_like(w)
-    arrays = (w, target, s, -z, qmax - z, errors)
-    columns = list(zip(*(array.swapaxes(0, 1) for array in arrays), strict=True))
+    B, R, C = weight.shape
+    work = _columns(running)  # w', then code - zero_point
+    if work.data_ptr() == running.data_ptr():
+        work = work.clone()
+    error = torch.empty_like(work)
+    s, z = (_columns(per_column(grid, group)) for grid in (scale, zero_point))
+    # a column at a time in NumPy, whose calls cost a fraction of PyTorch's; a batch of one without
+    # its axis, which would cost a third of the time
+    matrices = [_columns(feedback), work, error]
+    grids = [t.expand(B, C, R) for t in (_columns(weight), s, -z, qmax - z)]
+    f, w, e, *rest = (t[0].numpy() if B == 1 else t.numpy() for t in matrices + grids)
+    columns = list(zip(*(t if B == 1 else t.swapaxes(0, 1) for t in (w, e, *rest)), strict=True))
     with np.errstate(all="ignore"):  # what overflows is seen in the error
-        for start in range(0, T, SUB_TILE):
-            end = min(start + SUB_TILE, T)
-            w[:, start:end] += f[:, start:end, :start] @ errors[:, :start]
+        for start in range(0, C, SUB_TILE):
+            end = min(start + SUB_TILE, C)
+            w[..., start:end, :] += f[..., start:end, :start] @ e[..., :start, :]
             for k in range(start, end):
-                step, target_k, scale_k, low, high, error = columns[k]
-                step += (f[:, k : k + 1, start:k] @ errors[:, start:k])[:, 0]
-                np.divide(step, scale_k, step)
-                np.rint(step, step)
-                np.maximum(step, low, out=step)
-                np.minimum(step, high, out=step)  # code - zero_point
-                np.multiply(step, scale_k, error)
-                np.subtract(target_k, error, error)
-        codes = (w + z).astype(np.uint8)
-    return tuple(torch.from_numpy(t).to(weight.device).mT for t in (codes, errors))
+                w_k, error_k, target_k, scale_k, low, high = columns[k]
+                if B == 1:
+                    w_k += f[k, start:k] @ e[start:k]
+                else:
+                    w_k += (f[:, k : k + 1, start:k] @ e[:, start:k])[:, 0]
+                np.divide(w_k, scale_k, w_k)
+                np.rint(w_k, w_k)
+                np.maximum(w_k, low, out=w_k)
+                np.minimum(w_k, high, out=w_k)
+                np.multiply(w_k, scale_k, error_k)
+                np.subtract(target_k, error_k, error_k)
+    codes = (work + z).to(torch.uint8)
+    return codes.mT.to(weight.device), error.mT.to(weight.device)
 
 
-def _columns(matrix: Tensor) -> np.ndarray:
-    """[B, R, T]  ->  [B, T, R], a column of all rows contiguous, on the host"""
-    return matrix.mT.contiguous().cpu().numpy()
+def _columns(matrix: Tensor) -> Tensor:
+    """[B, R, C]  ->  [B, C, R], a column of all rows contiguous, on the CPU"""
+    return matrix.mT.contiguous().cpu()
 
 
-def compensate(weight: Tensor, error: Tensor, rows: Tensor) -> None:
+def compensate(
+    weight: Tensor,
+    error: Tensor,
+    rows: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor,
+    qmax: int,
+) -> Tensor:
     """W_F -= E V, in place: the remaining weights take up the error of a tile.
 
-    weight [B, R, F], error [B, R, T] normalized (E = (W_T - Q_T) U_TT^-1), rows V [B, T, F]
+    Returns sum_r (w_rc - Q(w_rc))**2 of the new weights: with A_cc it gives the sensitivity of the
+    columns, as in `column_sensitivity`.
+
+    weight [B, R, F], error [B, R, T] normalized (E = (W_T - Q_T) U_TT^-1), rows V [B, T, F],
+    scale, zero_point [B, R, G], group int64 [B, F]  ->  [B, F]
     """
     weight.baddbmm_(error, rows, alpha=-1)
+    return _rounding_cost(weight, scale, zero_point, group, qmax)
 
 
 def downdate(inverse: Tensor, rows: Tensor) -> None:

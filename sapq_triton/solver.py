@@ -23,15 +23,16 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .hessian import damped, feedback_factor, inverse, permuted, revive
+from .hessian import feedback_factor, inverse, permuted, revive
 from .obq import solve_obq
-from .ops import Backend
+from .ops import Backend, Precision
 from .order import static_order
 from .spec import Order, QuantSpec
 from .tile import bring_forward, to_front
 
-# factors that the damping takes, one after another, while the Hessian is not positive definite
-DAMP_LADDER = (1.0, 10.0, 100.0, 1000.0, 10000.0)
+# factors of the damping, tried one after another while the Hessian is not positive definite
+DAMP_LADDER = (10.0, 100.0, 1000.0, 10000.0)
+MEASURED_ELEMENTS = 2**22  # of the weight, whose errors are measured at a time
 SMALLEST_RETRY = 1e-4  # what a retry multiplies where `damp` is smaller
 
 
@@ -39,14 +40,15 @@ SMALLEST_RETRY = 1e-4  # what a retry multiplies where `damp` is smaller
 class SolveReport:
     """What happened. Tensors have the batch shape of the weight: [] or [B].
 
-    error: tr((W - Q) H (W - Q)^T), float64; energy: tr(W H W^T).
+    row_error, row_energy: e H e^T of each row e of W - Q, and of W; float64 [R] or [B, R]. None
+        where `measure` was False.
     damp: the damping that was used, as a fraction of the mean diagonal.
     dead_columns: number of columns with H_cc = 0, which were rounded to nearest.
     fallback: True where no damping made the problem solvable: rounded to nearest.
     """
 
-    error: Tensor
-    energy: Tensor
+    row_error: Tensor | None
+    row_energy: Tensor | None
     damp: Tensor
     dead_columns: Tensor
     fallback: Tensor
@@ -54,9 +56,25 @@ class SolveReport:
     block: int
 
     @property
+    def error(self) -> Tensor:
+        """Layer error tr((W - Q) H (W - Q)^T), float64"""
+        return _measured(self.row_error).sum(-1)
+
+    @property
+    def energy(self) -> Tensor:
+        """tr(W H W^T), float64"""
+        return _measured(self.row_energy).sum(-1)
+
+    @property
     def relative_error(self) -> Tensor:
         """error / energy; 0 where there is no energy."""
         return torch.where(self.energy > 0, self.error / self.energy, 0.0)
+
+
+def _measured(per_row: Tensor | None) -> Tensor:
+    if per_row is None:
+        raise ValueError("the error was not measured: solve(..., measure=True)")
+    return per_row
 
 
 @dataclass(frozen=True)
@@ -87,7 +105,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 def layer_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
     """tr((W - Q) H (W - Q)^T), float64: [..., R, C] twice, [..., C, C]  ->  [...]"""
-    return _row_errors(weight.float() - quantized.float(), hessian).sum(-1)
+    return _row_errors(weight.float(), hessian, quantized.float()).sum(-1)
 
 
 def solve(
@@ -101,6 +119,8 @@ def solve(
     damp: float = 0.01,
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
+    precision: Precision = "tf32x3",
+    measure: bool = True,
     backend: Backend = "auto",
 ) -> SolveResult:
     """Quantize one weight matrix, or a batch of them, with the least output error the order allows.
@@ -114,7 +134,8 @@ def solve(
         "activation" (largest H_cc first: GPTQ's act-order), "min-pivot" (smallest pivot of the
         LDL factorization last, arXiv 2507.18553), "natural" (first to last: GPTQ), "obq" (each row
         greedy by itself: exact OBQ), "nearest" (no compensation: the baseline).
-    block: columns that are solved between two updates of the rest.
+    block: columns that are solved between two updates of the rest, in orders "sensitivity" and
+        "obq"; the other orders do not depend on it.
     sweeps: passes of coordinate descent over each tile before the rest takes up its error; only in
         order "sensitivity".
     damp: added to the diagonal, as a fraction of its mean over live columns. Where the Hessian is
@@ -122,12 +143,17 @@ def solve(
         weight is rounded to nearest. Either is in the report.
     scale, zero_point: an external grid [R, G] or [B, R, G], G = C / group_size. Without a
         zero_point a symmetric spec takes the middle code.
+    precision: of matrix products of float32 on tensor cores: "ieee" (none), "tf32x3" (three
+        products of the leading and the trailing bits, as good as float32), "tf32" (ten bits of
+        mantissa: faster, for a layer error up to some 1e-3 larger).
+    measure: also compute the errors of the report, which takes two products of R x C by C x C.
 
     Columns whose inputs were always zero (H_cc = 0) are rounded to nearest. The same inputs on the
     same device give the same codes. ValueError for wrong shapes, dtypes, devices, or values.
     """
     _check(weight, hessian, spec, order, block, sweeps, damp)
-    ops.uses_triton(weight, backend)  # refuses a backend before any work is done
+    ops.uses_triton(weight, backend)  # refuses a backend, or a precision, before any work is done
+    ops.dot_precision(precision)
     batch, columns = weight.shape[:-2], weight.shape[-1]
     h = hessian.detach()
     h = (h if h.dtype == torch.float64 else h.float()).reshape(-1, columns, columns)
@@ -136,19 +162,20 @@ def solve(
     scale, zero_point = _grid(w, spec, scale, zero_point, backend)
 
     revived, dead = revive(h)
-    solver = _solver(order, block, sweeps, backend)
+    solver = _solver(order, block, sweeps, precision, backend)
     codes, ranked, used_damp, fallback = _climb(
-        solver, w, revived, scale, zero_point, spec.qmax, damp
+        solver, w, revived, damp, scale, zero_point, spec.qmax
     )
-    error = _row_errors(w - dequantize(codes, scale, zero_point), h).reshape(*batch, -1).sum(-1)
-    energy = _row_errors(w, h).reshape(*batch, -1).sum(-1)
+    quantized = dequantize(codes, scale, zero_point) if measure else None
+    errors = _row_errors(w, h, quantized).reshape(weight.shape[:-1]) if measure else None
+    energies = _row_errors(w, h).reshape(weight.shape[:-1]) if measure else None
 
     def per_problem(value: Tensor) -> Tensor:
         return value.expand(batch) if batch else value.reshape(())
 
     report = SolveReport(
-        error=error,
-        energy=energy,
+        row_error=errors,
+        row_energy=energies,
         damp=per_problem(used_damp),
         dead_columns=per_problem(dead),
         fallback=per_problem(fallback),
@@ -165,10 +192,16 @@ def solve(
     )
 
 
-def _row_errors(error: Tensor, hessian: Tensor) -> Tensor:
-    """e H e^T of each row e, float64: [..., R, C], [..., C, C]  ->  [..., R]"""
-    error = error.to(hessian.dtype)
-    return ((error @ hessian).double() * error).sum(-1)
+def _row_errors(weight: Tensor, hessian: Tensor, quantized: Tensor | None = None) -> Tensor:
+    """e H e^T of each row e of W - Q, or W, float64: [..., R, C], [..., C, C]  ->  [..., R]"""
+    step = max(1, MEASURED_ELEMENTS // weight.shape[-1])
+    parts = []
+    for start in range(0, weight.shape[-2], step):
+        rows = (..., slice(start, start + step), slice(None))
+        error = weight[rows] if quantized is None else weight[rows] - quantized[rows]
+        error = error.to(hessian.dtype)
+        parts.append((error @ hessian).mul_(error).sum(-1, dtype=torch.float64))
+    return torch.cat(parts, -1)
 
 
 def _check(
@@ -261,60 +294,64 @@ def _grid(
     return scale, zero_point
 
 
-# weight [B, R, C], damped hessian [B, C, C], scale, zero_point [B, R, G], qmax
+# weight [B, R, C], hessian [B, C, C], damp, scale, zero_point [B, R, G], qmax
 # -> codes uint8 [B, R, C], order of columns int64 [B, C], solved bool [B]
 Solved = tuple[Tensor, Tensor, Tensor]
-Solver = Callable[[Tensor, Tensor, Tensor, Tensor, int], Solved]
+Solver = Callable[[Tensor, Tensor, float, Tensor, Tensor, int], Solved]
 
 
-def _solver(order: Order, block: int, sweeps: int, backend: Backend) -> Solver:
+def _solver(
+    order: Order, block: int, sweeps: int, precision: Precision, backend: Backend
+) -> Solver:
     if order == "sensitivity":
-        return partial(_solve_reranked, block=block, sweeps=sweeps, backend=backend)
+        return partial(
+            _solve_reranked, block=block, sweeps=sweeps, precision=precision, backend=backend
+        )
     if order == "obq":
-        return partial(_solve_greedy, block=block, backend=backend)
+        return partial(_solve_greedy, block=block, precision=precision, backend=backend)
     if order == "nearest":
         return _solve_nearest
-    return partial(_solve_static, order=order, block=block, backend=backend)
+    return partial(_solve_static, order=order, precision=precision, backend=backend)
 
 
 def _climb(
     solver: Solver,
     weight: Tensor,
     hessian: Tensor,
+    damp: float,
     scale: Tensor,
     zero_point: Tensor,
     qmax: int,
-    damp: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solve with the first damping of the ladder that works for each problem, else round.
 
     ->  codes uint8 [B, R, C], order of columns int64 [B, C], damping [B], fallback bool [B]
     """
-    B, R, C = weight.shape
-    codes = torch.empty(B, R, C, dtype=torch.uint8, device=weight.device)
-    columns = torch.arange(C, device=weight.device).repeat(B, 1)
-    used = torch.full((B,), damp, dtype=torch.float64, device=weight.device)
-    left = torch.arange(B, device=weight.device)
+    codes, columns, solved = solver(weight, hessian, damp, scale, zero_point, qmax)
+    used = torch.full((len(weight),), damp, dtype=torch.float64, device=weight.device)
+    fallback = torch.zeros_like(solved)
+    left = (~solved).nonzero()[:, 0]
+    if len(left):
+        columns = columns.clone()
     for factor in DAMP_LADDER:
-        rung = damp if factor == 1 else max(damp, SMALLEST_RETRY) * factor
+        if len(left) == 0:
+            break
+        rung = max(damp, SMALLEST_RETRY) * factor
         codes[left], columns[left], solved = solver(
-            weight[left], damped(hessian[left], rung), scale[left], zero_point[left], qmax
+            weight[left], hessian[left], rung, scale[left], zero_point[left], qmax
         )
         used[left] = rung
         left = left[~solved]
-        if len(left) == 0:
-            break
-    fallback = torch.zeros(B, dtype=torch.bool, device=weight.device)
     if len(left):
         fallback[left] = True
         codes[left], columns[left], _ = _solve_nearest(
-            weight[left], hessian[left], scale[left], zero_point[left], qmax
+            weight[left], hessian[left], damp, scale[left], zero_point[left], qmax
         )
     return codes, columns, used, fallback
 
 
 def _solve_nearest(
-    weight: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor, qmax: int
+    weight: Tensor, hessian: Tensor, damp: float, scale: Tensor, zero_point: Tensor, qmax: int
 ) -> Solved:
     """Round to nearest, blind to the Hessian: the baseline, and the last resort."""
     grouped = weight.unflatten(2, (scale.shape[2], -1))
@@ -327,67 +364,58 @@ def _solve_nearest(
 def _solve_static(
     weight: Tensor,
     hessian: Tensor,
+    damp: float,
     scale: Tensor,
     zero_point: Tensor,
     qmax: int,
     *,
     order: Order,
-    block: int,
+    precision: Precision,
     backend: Backend,
 ) -> Solved:
-    """One factorization, then the error-feedback loop over the columns in a fixed order."""
+    """One factorization, then the error-feedback loop over all columns in a fixed order."""
     B, R, C = weight.shape
-    columns, ranked = static_order(order, weight, hessian, scale, zero_point, qmax, backend)
-    feedback, solved = feedback_factor(permuted(hessian, columns))
-    feedback = feedback.float()
-    group = columns // (C // scale.shape[2])
+    columns, ranked = static_order(order, weight, hessian, damp, scale, zero_point, qmax, backend)
+    feedback, solved = feedback_factor(hessian, damp, columns)
     index = columns[:, :, None].expand(B, C, R)
-    # rows innermost: a column of all rows is contiguous
-    w = weight.mT.gather(1, index)  # [B, C, R]
-    error = torch.zeros_like(w)
-    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    for start in range(0, C, block):
-        tile = slice(start, start + block)
-        running = w[:, tile]
-        if start:
-            running = running.baddbmm(feedback[:, :start, tile].mT, error[:, :start])
-        code, tile_error = ops.solve_tile(
-            w[:, tile].mT, running.mT, feedback[:, tile, tile],
-            scale, zero_point, group[:, tile], qmax, backend,
-        )  # fmt: skip
-        codes[:, tile], error[:, tile] = code.mT, tile_error.mT
+    w = weight.mT.gather(1, index).mT  # rows innermost: a column of all rows is contiguous
+    group = columns // (C // scale.shape[2])
+    codes, error = ops.solve_columns(
+        w, w, feedback.float(), scale, zero_point, group, qmax, precision, backend
+    )
     solved = solved & ranked & error.flatten(1).isfinite().all(1)
-    return torch.empty_like(codes).scatter_(1, index, codes).mT, columns, solved
+    return torch.empty_like(codes.mT).scatter_(1, index, codes.mT).mT, columns, solved
 
 
 def _solve_reranked(
     weight: Tensor,
     hessian: Tensor,
+    damp: float,
     scale: Tensor,
     zero_point: Tensor,
     qmax: int,
     *,
     block: int,
     sweeps: int,
+    precision: Precision,
     backend: Backend,
 ) -> Solved:
     """Tile after tile: rank the remaining columns, quantize the most sensitive, update the rest."""
     B, R, C = weight.shape
     group_size = C // scale.shape[2]
-    a, solved = inverse(hessian)
+    a, solved = inverse(hessian, damp)
     a = a.float()
     # what is quantized lies in front of `start`, in order; what remains, behind it
     w = weight.mT.clone(memory_format=torch.contiguous_format)  # [B, C, R]
     columns = torch.arange(C, device=w.device).repeat(B, 1)
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    sensitivity = ops.column_sensitivity(
+        w.mT, scale, zero_point, columns // group_size, a.diagonal(dim1=1, dim2=2), qmax, backend
+    )
     for start in range(0, C, block):
         rest, end = slice(start, C), min(start + block, C)
         tile, behind = slice(start, end), slice(end, C)
-        cost = ops.column_sensitivity(
-            w[:, rest].mT, scale, zero_point, columns[:, rest] // group_size,
-            a[:, rest, rest].diagonal(dim1=1, dim2=2), qmax, backend,
-        )  # fmt: skip
-        picked = cost.argsort(dim=1, descending=True, stable=True)[:, : end - start]
+        picked = sensitivity.argsort(dim=1, descending=True, stable=True)[:, : end - start]
         picked = picked.gather(1, _by_curvature(permuted(a[:, rest, rest], picked)))
         move = to_front(picked, C - start)
         bring_forward(w[:, rest], move, 1)
@@ -396,22 +424,25 @@ def _solve_reranked(
         bring_forward(a[:, rest, rest], move, 2)
 
         lower, info = torch.linalg.cholesky_ex(a[:, tile, tile])  # A_TT = L L^T = U^T U
-        solved = solved & (info == 0)
         identity = torch.eye(end - start, device=w.device).expand_as(lower)
         root = torch.linalg.solve_triangular(lower, identity, upper=False).mT  # U^-1
         now, curvature = w[:, tile].mT, _by_diagonal(root @ root.mT)  # the latter: A_TT^-1
         grid = (scale, zero_point, columns[:, tile] // group_size, qmax)
-        code, error = ops.solve_tile(now, now, _by_diagonal(root), *grid, backend)
+        code, error = ops.solve_columns(now, now, _by_diagonal(root), *grid, precision, backend)
         for _ in range(sweeps if end - start > 1 else 0):
             # the same loop again; the columns ahead stand where the last pass put them
             ahead = now.mT.baddbmm(curvature.tril(-1).mT, error.mT).mT
-            code, error = ops.solve_tile(now, ahead, curvature, *grid, backend)
+            code, error = ops.solve_columns(now, ahead, curvature, *grid, precision, backend)
         codes[:, tile] = code.mT
-        solved = solved & error.flatten(1).isfinite().all(1)
+        solved = solved & (info == 0) & error.flatten(1).isfinite().all(1)
         if end < C:
             rows = root.mT @ a[:, tile, behind]
-            ops.compensate(w[:, behind].mT, error @ root, rows, backend)
-            ops.downdate(a[:, behind, behind], rows, backend)
+            cost = ops.compensate(
+                w[:, behind].mT, error @ root, rows,
+                scale, zero_point, columns[:, behind] // group_size, qmax, precision, backend,
+            )  # fmt: skip
+            ops.downdate(a[:, behind, behind], rows, precision, backend)
+            sensitivity = cost / a[:, behind, behind].diagonal(dim1=1, dim2=2)
     index = columns[:, :, None].expand(B, C, R)
     return torch.empty_like(codes).scatter_(1, index, codes).mT, columns, solved
 
@@ -435,15 +466,17 @@ def _by_diagonal(matrix: Tensor) -> Tensor:
 def _solve_greedy(
     weight: Tensor,
     hessian: Tensor,
+    damp: float,
     scale: Tensor,
     zero_point: Tensor,
     qmax: int,
     *,
     block: int,
+    precision: Precision,
     backend: Backend,
 ) -> Solved:
     """Exact OBQ; it has no order of columns, so the natural one stands in its place."""
-    a, solved = inverse(hessian)
-    codes, finite = solve_obq(weight, a.float(), scale, zero_point, qmax, block, backend)
+    a, solved = inverse(hessian, damp)
+    codes, finite = solve_obq(weight, a.float(), scale, zero_point, qmax, block, precision, backend)
     natural = torch.arange(weight.shape[2], device=weight.device).expand(len(weight), -1)
     return codes, natural, solved & finite

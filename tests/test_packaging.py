@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ["pyproject.toml", "README.md", "LICENSE", "sapq_triton", "kernels"]
 IMPORT = """
 import sapq_triton
-from sapq_triton.kernels import solve_tile
-print(sapq_triton.__file__, solve_tile.__file__, sep="\\n")
+from sapq_triton.kernels import solve_columns
+print(sapq_triton.__file__, solve_columns.__file__, sep="\\n")
 """
 
 
@@ -90,7 +90,12 @@ def test_wheel_carries_every_module(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if name.endswith(".py")}
     assert names == shipped_modules()
-    assert names >= {"sapq_triton/kernels/solve_tile.py", "sapq_triton/models/resnet.py"}
+    assert names >= {"sapq_triton/kernels/solve_columns.py", "sapq_triton/models/resnet.py"}
+
+
+def test_wheel_carries_the_launch_parameters(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        assert "sapq_triton/kernels/launch.json" in archive.namelist()
 
 
 def test_wheel_has_one_top_level_name(wheel):
@@ -103,18 +108,18 @@ def test_sdist_keeps_the_layout(dist):
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert names >= {"kernels/solve_tile.py", "sapq_triton/models/resnet.py", "LICENSE"}
+    assert names >= {"kernels/solve_columns.py", "sapq_triton/models/resnet.py", "LICENSE"}
 
 
 def test_installed_wheel_imports_from_elsewhere(site, tmp_path):
     package, kernel = run("-c", IMPORT, cwd=tmp_path, path=site).splitlines()
     assert Path(package) == site / "sapq_triton" / "__init__.py"
-    assert Path(kernel) == site / "sapq_triton" / "kernels" / "solve_tile.py"
+    assert Path(kernel) == site / "sapq_triton" / "kernels" / "solve_columns.py"
 
 
 def test_checkout_imports_without_installation(checkout, tmp_path):
     _, kernel = run("-c", IMPORT, cwd=tmp_path, path=checkout).splitlines()
-    assert Path(kernel) == checkout / "kernels" / "solve_tile.py"
+    assert Path(kernel) == checkout / "kernels" / "solve_columns.py"
 
 
 def test_checkout_on_the_path_leaves_the_name_kernels_to_its_owner(checkout, tmp_path):

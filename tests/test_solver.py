@@ -367,10 +367,7 @@ def test_triton_gives_the_same_codes(order: Order, device: torch.device) -> None
 # --- the algebra of a tile ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", [order for order in ORDERS if order != "obq"])
-def test_any_choice_in_a_tile_is_compensated_exactly(
-    order: Order, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_choice_in_a_tile_is_compensated_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     """With random Q_T, the next tile starts from the W_F of least tr((W - Q) H (W - Q)^T)."""
     (weight, hessian), block = problem(6, 25), 10
     scale, zero_point = torch.full((6, 1), 0.3), torch.full((6, 1), 4.0)
@@ -381,9 +378,9 @@ def test_any_choice_in_a_tile_is_compensated_exactly(
         codes = torch.randint(0, 8, weight.shape)
         return codes.to(torch.uint8), weight - (codes - 4) * 0.3
 
-    monkeypatch.setattr(ops, "solve_tile", random_choice)
+    monkeypatch.setattr(ops, "solve_columns", random_choice)
     result = solve(
-        weight, hessian, QuantSpec(3), order=order, block=block, sweeps=0,
+        weight, hessian, QuantSpec(3), block=block, sweeps=0,
         scale=scale, zero_point=zero_point,
     )  # fmt: skip
     assert result.columns is not None and len(started) == 3
@@ -393,10 +390,8 @@ def test_any_choice_in_a_tile_is_compensated_exactly(
         done, rest = result.columns.split((block * number, 25 - block * number))
         wanted = outputs - result.dequantize()[:, done].double() @ x[:, done].T
         best = torch.linalg.lstsq(x[:, rest], wanted.T).solution.T
-        # a static order compensates for the columns within a tile only as it comes to them
-        width = block if order == "sensitivity" else 1
         torch.testing.assert_close(
-            running[:, :width].double(), best[:, :width], rtol=1e-4, atol=1e-4
+            running[:, :block].double(), best[:, :block], rtol=1e-4, atol=1e-4
         )
 
 
@@ -903,3 +898,19 @@ def test_all_zero_hessian_rounds_to_nearest(order: Order, damp: float) -> None:
     report = result.report
     assert (report.dead_columns, report.fallback, report.damp) == (12, False, damp)
     assert report.error == report.relative_error == 0
+
+
+def test_errors_are_measured_only_if_asked_for() -> None:
+    weight, hessian = problem(5, 12)
+    measured = solve(weight, hessian, QuantSpec(3))
+    report = solve(weight, hessian, QuantSpec(3), measure=False).report
+    assert report.row_error is None and report.row_energy is None
+    for name in ("error", "energy", "relative_error"):
+        with pytest.raises(ValueError, match=r"not measured: solve\(..., measure=True\)"):
+            getattr(report, name)
+    row_error, row_energy = measured.report.row_error, measured.report.row_energy
+    assert row_error is not None and row_energy is not None
+    assert row_error.shape == row_energy.shape == (5,)
+    torch.testing.assert_close(row_error.sum(), measured.report.error)
+    expected = layer_error(weight, measured.dequantize(), hessian)
+    torch.testing.assert_close(measured.report.error, expected)

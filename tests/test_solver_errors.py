@@ -245,28 +245,34 @@ OPS: dict[str, tuple[Callable[[], object], str]] = {  # call, message
         lambda: ops.column_sensitivity(TILE, S, Z, GROUP, TILE[:, 0].to(META), 15),
         "diagonal is on meta, its companion on cpu",
     ),
-    "solve_tile-running": (
-        lambda: ops.solve_tile(TILE, TILE[:1], A, S, Z, GROUP, 15),
+    "solve_columns-running": (
+        lambda: ops.solve_columns(TILE, TILE[:1], A, S, Z, GROUP, 15),
         r"running must be \[2, 3, 4\], got \[1, 3, 4\]",
     ),
-    "solve_tile-feedback": (
-        lambda: ops.solve_tile(TILE, TILE, A[:, :3], S, Z, GROUP, 15),
+    "solve_columns-feedback": (
+        lambda: ops.solve_columns(TILE, TILE, A[:, :3], S, Z, GROUP, 15),
         r"feedback must be \[2, 4, 4\], got \[2, 3, 4\]",
     ),
-    "solve_tile-device": (
-        lambda: ops.solve_tile(TILE, TILE, A, S, Z.to(META), GROUP, 15),
+    "solve_columns-device": (
+        lambda: ops.solve_columns(TILE, TILE, A, S, Z.to(META), GROUP, 15),
         "zero_point is on meta, its companion on cpu",
     ),
+    "solve_columns-precision": (
+        lambda: ops.solve_columns(
+            TILE, TILE, A, S, Z, GROUP, 15, precision="fp8", backend="triton"
+        ),
+        r"precision must be one of \('ieee', 'tf32x3', 'tf32'\), got 'fp8'",
+    ),
     "compensate-error": (
-        lambda: ops.compensate(TILE, torch.ones(2, 3, 5), torch.ones(2, 6, 4)),
+        lambda: ops.compensate(TILE, torch.ones(2, 3, 5), torch.ones(2, 6, 4), S, Z, GROUP, 15),
         r"error must be \[2, 3, 6\], got \[2, 3, 5\]",
     ),
     "compensate-rows": (
-        lambda: ops.compensate(TILE, torch.ones(2, 3, 5), torch.ones(2, 5, 7)),
+        lambda: ops.compensate(TILE, torch.ones(2, 3, 5), torch.ones(2, 5, 7), S, Z, GROUP, 15),
         r"rows must be \[2, 5, 4\], got \[2, 5, 7\]",
     ),
     "compensate-flat-rows": (
-        lambda: ops.compensate(TILE, torch.ones(2, 3, 5), torch.ones(5, 4)),
+        lambda: ops.compensate(TILE, torch.ones(2, 3, 5), torch.ones(5, 4), S, Z, GROUP, 15),
         r"error must be \[2, 3, 0\], got \[2, 3, 5\]",
     ),
     "downdate-inverse": (

@@ -1,4 +1,4 @@
-"""solve_tile: bit for bit the reference where sums are exact, consistent in itself otherwise."""
+"""solve_columns: bit for bit the reference where sums are exact, consistent in itself otherwise."""
 
 import pytest
 import torch
@@ -45,8 +45,8 @@ def test_dyadic_tiles_are_exact(
     B: int, R: int, T: int, G: int, qmax: int, device: torch.device
 ) -> None:
     arguments = dyadic(B, R, T, G, device)
-    actual = ops.solve_tile(*arguments, qmax, backend="triton")
-    assert_same(actual, reference.solve_tile(*arguments, qmax))
+    actual = ops.solve_columns(*arguments, qmax, backend="triton")
+    assert_same(actual, reference.solve_columns(*arguments, qmax))
 
 
 @pytest.mark.parametrize("B, R, T, G", SHAPES)
@@ -60,7 +60,7 @@ def test_each_code_is_the_rounded_running_weight(
     zero_point = torch.randint(0, 16, (B, R, G), device=device).float()
     group = torch.randint(0, G, (B, T), device=device)
     running = weight + 0.1
-    codes, error = ops.solve_tile(
+    codes, error = ops.solve_columns(
         weight, running, feedback, scale, zero_point, group, 15, backend="triton"
     )
     s = reference.per_column(scale, group).double()
@@ -89,8 +89,8 @@ def test_any_strides(device: torch.device) -> None:
         torch.stack((group, group), 2).flatten(1)[:1, ::2].expand(B, T),
     )
     assert not any(t.is_contiguous() for t in arguments)
-    actual = ops.solve_tile(*arguments, 15, backend="triton")
-    assert_same(actual, reference.solve_tile(*(t.contiguous() for t in arguments), 15))
+    actual = ops.solve_columns(*arguments, 15, backend="triton")
+    assert_same(actual, reference.solve_columns(*(t.contiguous() for t in arguments), 15))
 
 
 def test_by_hand(device: torch.device) -> None:
@@ -100,7 +100,7 @@ def test_by_hand(device: torch.device) -> None:
     feedback[0, 3, 4] = 1.0
     scale, zero_point = torch.ones(1, 1, 1, device=device), torch.zeros(1, 1, 1, device=device)
     group = torch.zeros(1, 5, dtype=torch.int64, device=device)
-    codes, error = ops.solve_tile(
+    codes, error = ops.solve_columns(
         weight, weight, feedback, scale, zero_point, group, 3, backend="triton"
     )
     # 0: tie, down to 0. 1: 1.5 + 0.5/2. 2: 2.5 - 0.5 - 0.5 = 1.5, tie, up to 2. 3: beyond the grid.
@@ -115,7 +115,7 @@ def test_group_picks_the_grid_of_a_column(device: torch.device) -> None:
     scale = torch.tensor([[[1.0, 0.5, 2.0]]], device=device)
     zero_point = torch.tensor([[[0.0, 1.0, 2.0]]], device=device)
     group = torch.tensor([[2, 0, 1, 2]], device=device)
-    codes, error = ops.solve_tile(
+    codes, error = ops.solve_columns(
         weight, weight, feedback, scale, zero_point, group, 15, backend="triton"
     )
     assert codes.tolist() == [[[4, 3, 7, 4]]]  # 1.5 is a tie

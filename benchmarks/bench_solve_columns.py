@@ -1,4 +1,4 @@
-"""solve_tile: the columns of a tile one after another, all rows in parallel."""
+"""solve_columns: the columns of a tile one after another, all rows in parallel."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.measure import Case, record, size
 from benchmarks.shapes import problem
 from sapq_triton import ops
-from sapq_triton.hessian import damped, feedback_factor
+from sapq_triton.hessian import feedback_factor
 from sapq_triton.ops import Backend
 
 TIE = 1e-3  # of a step: so close to the middle between two codes, either is right
@@ -24,12 +24,14 @@ SHAPES = [  # R, T
 def case(rows: int, columns: int, device: torch.device) -> Case:
     weight, hessian = (t[None] for t in problem(rows, columns, device=device))
     _, scale, zero_point = ops.quantize_groups(weight, columns, 15, False, (1.0,))
-    feedback, _ = feedback_factor(damped(hessian, 0.01))
+    feedback, _ = feedback_factor(hessian, 0.01)
     group = torch.zeros(1, columns, dtype=torch.int64, device=device)
     weight = weight.mT.contiguous().mT  # as the solver keeps it
 
     def call(backend: Backend) -> tuple[Tensor, Tensor]:
-        return ops.solve_tile(weight, weight, feedback, scale, zero_point, group, 15, backend)
+        return ops.solve_columns(
+            weight, weight, feedback, scale, zero_point, group, 15, backend=backend
+        )
 
     def check(backend: Backend) -> None:
         """In float64, all columns at once: each code is the nearest, given the errors before it."""
@@ -47,8 +49,8 @@ def case(rows: int, columns: int, device: torch.device) -> Case:
 
 
 @pytest.mark.parametrize("R, T", SHAPES)
-def bench_solve_tile(
+def bench_solve_columns(
     benchmark: Any, device: torch.device, backend: Backend, R: int, T: int
 ) -> None:
-    benchmark.group = f"solve_tile {R}x{T}"
+    benchmark.group = f"solve_columns {R}x{T}"
     record(benchmark, case(R, T, device), backend, device, rows=R, columns=T)
