@@ -104,14 +104,14 @@ def _solve_columns_kernel(
             near = tl.cast(start, tl.int64) + tl.arange(0, SUB)  # [SUB]
             inside = EVEN | (near < C)
             sums = _add_feedback(
-                tl.load(error_rows[None, :] + near[:, None] * stride_ec, mask=inside[:, None]),
+                tl.load(error_rows[None, :] + near[:, None] * stride_ec, mask=inside[:, None], other=0.0),
                 near, inside, tile, start, error_rows, stride_ec,
                 feedback_ptr, stride_fj, stride_fk, PRECISION, SUB,
             )  # fmt: skip
             near_mask = inside[:, None] & row_mask[None, :]
             wide = weight_rows[None, :] + near[:, None] * stride_wc
             tl.store(exchange, sums)
-            tl.store(exchange + SUB * BLOCK_R, tl.load(wide, mask=inside[:, None]))
+            tl.store(exchange + SUB * BLOCK_R, tl.load(wide, mask=inside[:, None], other=0.0))
             tl.debug_barrier()  # what one thread has written others read
 
             errors = ()

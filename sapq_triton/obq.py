@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .ops import Backend, Precision
-from .tile import bring_forward, to_front
+from .tile import bring_both_forward, bring_forward, to_front
 
 MEMORY = 2**30  # bytes of per-row inverses held at a time
 
@@ -72,8 +72,7 @@ def _solve_chunk(
         bring_forward(w, move, 1)
         bring_forward(columns, move, 1)
         bring_forward(v, move, 2)
-        bring_forward(inverse, move, 1)
-        bring_forward(inverse, move, 2)
+        bring_both_forward(inverse, move)
         w, columns = w[:, steps:], columns[:, steps:]
         inverse = inverse[:, steps:, steps:]
         if start + steps < C:

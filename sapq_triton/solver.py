@@ -28,7 +28,7 @@ from .obq import solve_obq
 from .ops import Backend, Precision
 from .order import static_order
 from .spec import Order, QuantSpec
-from .tile import bring_forward, to_front
+from .tile import bring_both_forward, bring_forward, to_front
 
 # factors of the damping, tried one after another while the Hessian is not positive definite
 DAMP_LADDER = (10.0, 100.0, 1000.0, 10000.0)
@@ -420,8 +420,7 @@ def _solve_reranked(
         move = to_front(picked, C - start)
         bring_forward(w[:, rest], move, 1)
         bring_forward(columns[:, rest], move, 1)
-        bring_forward(a[:, rest, rest], move, 1)
-        bring_forward(a[:, rest, rest], move, 2)
+        bring_both_forward(a[:, rest, rest], move)
 
         lower, info = torch.linalg.cholesky_ex(a[:, tile, tile])  # A_TT = L L^T = U^T U
         identity = torch.eye(end - start, device=w.device).expand_as(lower)

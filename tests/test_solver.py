@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sapq_triton import QuantSpec, SolveResult, dequantize, layer_error, ops, solve
 from sapq_triton.spec import Order
-from sapq_triton.tile import bring_forward, to_front
+from sapq_triton.tile import bring_both_forward, bring_forward, to_front
 
 ORDERS = tuple(order for order in get_args(Order) if order != "nearest")
 KNOWN_ORDERS = ("natural", "activation", "min-pivot")  # neither weight nor grid decides
@@ -432,6 +432,10 @@ def test_bring_forward(picked: list[list[int]]) -> None:
     moved = matrix.clone()
     for dim in (1, 2):
         bring_forward(moved, move, dim)
+    symmetric = matrix + matrix.mT
+    both = symmetric.clone()
+    bring_both_forward(both, move)
+    assert_same(both, moved + moved.mT)
     bring_forward(columns, move, 1)
     for chosen, order, before, after in zip(picked, columns, matrix, moved, strict=True):
         assert order[:front].tolist() == chosen
