@@ -24,36 +24,18 @@ PROGRAMS = 512  # enough to fill a GPU; more only cost memory for partial sums
 
 
 @triton.jit
-def _offset(
-    index,  # ((outer * size_d + d) * size_h + h) * size_w + w
-    size_d, size_h, size_w,
-    step_d, step_h, step_w,
-    stride_outer, stride_d, stride_h, stride_w,
-):  # fmt: skip
-    """int32 index  ->  int64; divisions of int64 take so many registers that they spill"""
-    line, w = index // size_w, index % size_w
-    plane, h = line // size_h, line % size_h
-    outer, d = plane // size_d, plane % size_d
-    return (
-        outer.to(tl.int64) * stride_outer
-        + (d * step_d).to(tl.int64) * stride_d
-        + (h * step_h).to(tl.int64) * stride_h
-        + (w * step_w).to(tl.int64) * stride_w
-    )
-
-
-@triton.jit
 def _accumulate_hessian_kernel(
-    x_ptr, stride_xn, stride_xc, stride_xd, stride_xh, stride_xw,  # [N, channels, D, H, W] float
+    x_ptr, stride_xn, stride_xc,  # [N, channels, D, H, W] float
+    position_ptr,  # [positions] int: offset of a window position in an image
+    column_ptr,  # [C] int: offset of a column's element in a window
     partial_ptr, stride_ps, stride_pg, stride_pi, stride_pj,  # [SPLITS, groups, C, C] float32
-    out_d, out_h, out_w,  # positions of the window
-    size_d, size_h, size_w,
-    step_d, step_h, step_w,  # stride of the window
-    dilation_d, dilation_h, dilation_w,
+    C,
     channels,  # per group
-    rows_total,  # N * out_d * out_h * out_w
+    positions,
+    rows_total,  # N * positions
     rows_each,  # rows of one split, a multiple of BLOCK_ROWS
     n,
+    PATCHES: tl.constexpr,  # else a row is a row of x, contiguous or not
     ADD: tl.constexpr,  # to what is there
     PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -62,40 +44,34 @@ def _accumulate_hessian_kernel(
     tile_i, tile_j = triangle_tile(tl.program_id(0), n)
     group = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2).to(tl.int64)
-    C = channels * size_d * size_h * size_w
     i = tile_i * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     j = tile_j * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     x_ptr += group * channels * stride_xc
-    offset_i = _offset(
-        i,
-        size_d, size_h, size_w,
-        dilation_d, dilation_h, dilation_w,
-        stride_xc, stride_xd, stride_xh, stride_xw,
-    )  # fmt: skip
-    offset_j = _offset(
-        j,
-        size_d, size_h, size_w,
-        dilation_d, dilation_h, dilation_w,
-        stride_xc, stride_xd, stride_xh, stride_xw,
-    )  # fmt: skip
+    if PATCHES:
+        offset_i = tl.load(column_ptr + i, mask=i < C, other=0)
+        offset_j = tl.load(column_ptr + j, mask=j < C, other=0)
     lanes = tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
-    positions = out_d * out_h * out_w
     total = tl.zeros([BLOCK_C, BLOCK_C], dtype=tl.float32)
     for start in range(0, rows_each, BLOCK_ROWS):
         row = split * rows_each + start  # of the first lane
         inside = row + lanes < rows_total  # [BLOCK_ROWS]
-        offset = row // positions * stride_xn + _offset(
-            (row % positions).to(tl.int32) + lanes,
-            out_d, out_h, out_w,
-            step_d, step_h, step_w,
-            stride_xn, stride_xd, stride_xh, stride_xw,
-        )  # fmt: skip
-        mask_i = inside[:, None] & (i < C)[None, :]
-        mask_j = inside[:, None] & (j < C)[None, :]
-        # both in one layout: the other way round each thread would need the offsets of more rows
-        x_i = tl.load(x_ptr + offset[:, None] + offset_i[None, :], mask=mask_i, other=0.0)
-        x_j = tl.load(x_ptr + offset[:, None] + offset_j[None, :], mask=mask_j, other=0.0)
-        total = tl.dot(tl.trans(x_i), x_j, total, input_precision=PRECISION)
+        if PATCHES:
+            # neighbouring lanes are neighbouring positions, and mostly neighbours in memory
+            place = (row % positions).to(tl.int32) + lanes  # int32: int64 divisions spill
+            image = row // positions + place // positions
+            offset = image * stride_xn + tl.load(position_ptr + place % positions)
+            mask_i = (i < C)[:, None] & inside[None, :]
+            mask_j = (j < C)[:, None] & inside[None, :]
+            x_i = tl.load(x_ptr + offset[None, :] + offset_i[:, None], mask=mask_i, other=0.0)
+            x_j = tl.load(x_ptr + offset[None, :] + offset_j[:, None], mask=mask_j, other=0.0)
+            total = tl.dot(x_i, tl.trans(x_j), total, input_precision=PRECISION)
+        else:
+            x_rows = x_ptr + (row + lanes)[:, None] * stride_xn
+            mask_i = inside[:, None] & (i < C)[None, :]
+            mask_j = inside[:, None] & (j < C)[None, :]
+            x_i = tl.load(x_rows + i.to(tl.int64)[None, :] * stride_xc, mask=mask_i, other=0.0)
+            x_j = tl.load(x_rows + j.to(tl.int64)[None, :] * stride_xc, mask=mask_j, other=0.0)
+            total = tl.dot(tl.trans(x_i), x_j, total, input_precision=PRECISION)
     p_ptrs = partial_ptr + split * stride_ps + group * stride_pg
     p_ptrs += i[:, None].to(tl.int64) * stride_pi + j[None, :].to(tl.int64) * stride_pj
     mask = (i < C)[:, None] & (j < C)[None, :]
@@ -104,13 +80,27 @@ def _accumulate_hessian_kernel(
     tl.store(p_ptrs, total, mask=mask)
 
 
+def _offsets(sizes, steps, device: torch.device) -> Tensor:
+    """sum_a index_a * step_a of every index, row-major: int [product of sizes]"""
+    reach = sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
+    total = torch.zeros(1, dtype=torch.int64, device=device)
+    for size, step in zip(sizes, steps, strict=True):
+        total = total[:, None] + torch.arange(size, device=device) * step
+        total = total.flatten()
+    return total.int() if reach < 2**31 else total
+
+
 def accumulate_hessian(total: Tensor, inputs: Tensor, window, precision: str) -> None:
     """total [groups, C, C] in place, inputs [N, channels, D, H, W]; window: `sapq_triton.Window`"""
     if inputs.dtype == torch.float64:
         inputs = inputs.float()
     groups, C, _ = total.shape
     positions = window.positions(inputs.shape[2:])
-    rows = len(inputs) * positions[0] * positions[1] * positions[2]
+    count = positions[0] * positions[1] * positions[2]
+    rows, channels = len(inputs) * count, inputs.shape[1] // groups
+    stride_n, stride_c, *space = inputs.stride()
+    moves = [step * stride for step, stride in zip(window.stride, space, strict=True)]
+    reaches = [step * stride for step, stride in zip(window.dilation, space, strict=True)]
     precision = precision if inputs.dtype == torch.float32 else "16-bit"
     blocks = dict(parameters("accumulate_hessian", inputs.device, precision))
     if blocks["BLOCK_C"] > C:
@@ -124,16 +114,17 @@ def accumulate_hessian(total: Tensor, inputs: Tensor, window, precision: str) ->
     partial = total[None] if into else torch.zeros(shape, dtype=torch.float32, device=total.device)
     with torch.cuda.device_of(inputs):
         _accumulate_hessian_kernel[(tiles, groups, splits)](
-            inputs, *inputs.stride(),
+            inputs, stride_n, stride_c,
+            _offsets(positions, moves, inputs.device),
+            _offsets((channels, *window.size), (stride_c, *reaches), inputs.device),
             partial, *partial.stride(),
-            *positions,
-            *window.size,
-            *window.stride,
-            *window.dilation,
-            inputs.shape[1] // groups,
+            C,
+            channels,
+            count,
             rows,
             rows_each,
             n,
+            PATCHES=C > channels or count > 1,
             ADD=into,
             PRECISION="ieee" if precision == "16-bit" else precision,  # which 16 bits do not need
             **blocks,
