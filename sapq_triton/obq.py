@@ -12,7 +12,7 @@ from . import ops
 from .ops import Backend, Precision
 from .tile import bring_both_forward, bring_forward, to_front
 
-MEMORY = 2**30  # bytes of per-row inverses held at a time
+MEMORY = 2**30  # bytes of per-row inverses held at a time on a CPU; a quarter of what a GPU has
 
 
 def solve_obq(
@@ -30,7 +30,9 @@ def solve_obq(
     ->  codes uint8 [B, R, C], solved bool [B]: no inverse lost its positive diagonal to rounding
     """
     B, R, C = weight.shape
-    chunk = max(1, MEMORY // (4 * C * C))
+    on_gpu = weight.device.type == "cuda"
+    memory = torch.cuda.mem_get_info(weight.device)[0] // 4 if on_gpu else MEMORY
+    chunk = max(1, memory // (4 * C * C))  # rows never meet: their number changes no code
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     solved = torch.ones(B, dtype=torch.bool, device=weight.device)
     for problem, a in enumerate(inverse):

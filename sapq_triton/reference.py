@@ -6,6 +6,7 @@ arguments may be float32 or float64; nothing here checks its arguments (`ops` do
 """
 
 import math
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -78,8 +79,8 @@ def _search_grid(
     scale, low, high = full, -zero_point, qmax - zero_point
     for fraction in torch.tensor(shrink, dtype=w.dtype, device=w.device).unbind():
         trial = full * fraction
-        torch.div(w, trial, out=value).round_().clamp_(low, high).mul_(trial)
-        error = value.sub_(w).square_().sum(0)
+        torch.div(w, trial, out=value).round_().clamp_(low, high)
+        error = torch.addcmul(w, value, trial, value=-1, out=value).square_().sum(0)
         better = error < best
         best = torch.where(better, error, best)
         scale = torch.where(better, trial, scale)
@@ -134,10 +135,10 @@ def solve_columns(
     s, z = (_columns(per_column(grid, group)) for grid in (scale, zero_point))
     # a column at a time in NumPy, whose calls cost a fraction of PyTorch's; a batch of one without
     # its axis, which would cost a third of the time
-    matrices = [_columns(feedback), work, error]
-    grids = [t.expand(B, C, R) for t in (_columns(weight), s, -z, qmax - z)]
-    f, w, e, *rest = (t[0].numpy() if B == 1 else t.numpy() for t in matrices + grids)
-    columns = list(zip(*(t if B == 1 else t.swapaxes(0, 1) for t in (w, e, *rest)), strict=True))
+    tensors = (_columns(feedback), work, error, _columns(weight), s, -z, qmax - z)
+    f, w, e, *rest = (t[0].numpy() if B == 1 else t.numpy() for t in tensors)
+    lines = (t if B == 1 else t.swapaxes(0, 1) for t in (w, e, *rest))
+    columns = list(zip(*(t if len(t) == C else repeat(t[0], C) for t in lines), strict=True))
     with np.errstate(all="ignore"):  # what overflows is seen in the error
         for start in range(0, C, SUB_TILE):
             end = min(start + SUB_TILE, C)
