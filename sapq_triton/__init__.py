@@ -11,7 +11,8 @@ if not _os.path.isdir(_os.path.join(_here, "kernels")) and _os.path.isfile(
 
 from .quantize import quantize
 from .report import LayerReport, Report
-from .solver import SolveReport, SolveResult, dequantize, layer_error, solve
+from .result import SolveReport, SolveResult, dequantize, layer_error
+from .solver import solve
 from .spec import QuantSpec
 
 __all__ = [

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .solver import dequantize
+from .result import dequantize
 from .spec import Order, QuantSpec
 
 
@@ -18,6 +18,8 @@ class LayerReport:
     error: tr((W - Q) H (W - Q)^T) on the calibration rows, energy: tr(W H W^T).
     rows: calibration rows seen. damp: the largest that was needed. dead_columns, fallbacks: columns
     that never fired, and problems that were rounded to nearest, summed over the groups.
+    seconds_hessian, seconds_solve: of layers that were solved together, the first one carries the
+    time of their Hessian, and each one its part of the solve, by rows.
     notes: whatever deviates from what was asked for.
     """
 

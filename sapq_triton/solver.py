@@ -15,7 +15,6 @@ the reversed Hessian gives the feedback matrix of the same loop (LDLQ, arXiv 230
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import get_args
 
@@ -27,85 +26,13 @@ from .hessian import feedback_factor, inverse, permuted, revive
 from .obq import solve_obq
 from .ops import Backend, Precision
 from .order import static_order
+from .result import SolveReport, SolveResult, dequantize, row_errors
 from .spec import Order, QuantSpec
 from .tile import bring_both_forward, bring_forward, to_front
 
 # factors of the damping, tried one after another while the Hessian is not positive definite
 DAMP_LADDER = (10.0, 100.0, 1000.0, 10000.0)
-MEASURED_ELEMENTS = 2**22  # of the weight, whose errors are measured at a time
 SMALLEST_RETRY = 1e-4  # what a retry multiplies where `damp` is smaller
-
-
-@dataclass(frozen=True)
-class SolveReport:
-    """What happened. Tensors have the batch shape of the weight: [] or [B].
-
-    row_error, row_energy: e H e^T of each row e of W - Q, and of W; float64 [R] or [B, R]. None
-        where `measure` was False.
-    damp: the damping that was used, as a fraction of the mean diagonal.
-    dead_columns: number of columns with H_cc = 0, which were rounded to nearest.
-    fallback: True where no damping made the problem solvable: rounded to nearest.
-    """
-
-    row_error: Tensor | None
-    row_energy: Tensor | None
-    damp: Tensor
-    dead_columns: Tensor
-    fallback: Tensor
-    order: Order
-    block: int
-
-    @property
-    def error(self) -> Tensor:
-        """Layer error tr((W - Q) H (W - Q)^T), float64"""
-        return _measured(self.row_error).sum(-1)
-
-    @property
-    def energy(self) -> Tensor:
-        """tr(W H W^T), float64"""
-        return _measured(self.row_energy).sum(-1)
-
-    @property
-    def relative_error(self) -> Tensor:
-        """error / energy; 0 where there is no energy."""
-        return torch.where(self.energy > 0, self.error / self.energy, 0.0)
-
-
-def _measured(per_row: Tensor | None) -> Tensor:
-    if per_row is None:
-        raise ValueError("the error was not measured: solve(..., measure=True)")
-    return per_row
-
-
-@dataclass(frozen=True)
-class SolveResult:
-    """codes uint8 [..., R, C]; scale and zero_point float32 [..., R, G] in original column order.
-
-    columns: int64 [..., C], the order in which the columns were quantized; None for "obq", where
-    each row has its own.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    columns: Tensor | None
-    spec: QuantSpec
-    report: SolveReport
-
-    def dequantize(self) -> Tensor:
-        """(codes - zero_point) * scale, float32 [..., R, C]"""
-        return dequantize(self.codes, self.scale, self.zero_point)
-
-
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """codes [..., R, C], scale, zero_point [..., R, G]  ->  (codes - zero_point) * scale"""
-    grouped = codes.float().unflatten(-1, (scale.shape[-1], -1))  # [..., R, G, C / G]
-    return ((grouped - zero_point[..., None]) * scale[..., None]).flatten(-2)
-
-
-def layer_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
-    """tr((W - Q) H (W - Q)^T), float64: [..., R, C] twice, [..., C, C]  ->  [...]"""
-    return _row_errors(weight.float(), hessian, quantized.float()).sum(-1)
 
 
 def solve(
@@ -167,8 +94,8 @@ def solve(
         solver, w, revived, damp, scale, zero_point, spec.qmax
     )
     quantized = dequantize(codes, scale, zero_point) if measure else None
-    errors = _row_errors(w, h, quantized).reshape(weight.shape[:-1]) if measure else None
-    energies = _row_errors(w, h).reshape(weight.shape[:-1]) if measure else None
+    errors = row_errors(w, h, quantized).reshape(weight.shape[:-1]) if measure else None
+    energies = row_errors(w, h).reshape(weight.shape[:-1]) if measure else None
 
     def per_problem(value: Tensor) -> Tensor:
         return value.expand(batch) if batch else value.reshape(())
@@ -190,18 +117,6 @@ def solve(
         spec=spec,
         report=report,
     )
-
-
-def _row_errors(weight: Tensor, hessian: Tensor, quantized: Tensor | None = None) -> Tensor:
-    """e H e^T of each row e of W - Q, or W, float64: [..., R, C], [..., C, C]  ->  [..., R]"""
-    step = max(1, MEASURED_ELEMENTS // weight.shape[-1])
-    parts = []
-    for start in range(0, weight.shape[-2], step):
-        rows = (..., slice(start, start + step), slice(None))
-        error = weight[rows] if quantized is None else weight[rows] - quantized[rows]
-        error = error.to(hessian.dtype)
-        parts.append((error @ hessian).mul_(error).sum(-1, dtype=torch.float64))
-    return torch.cat(parts, -1)
 
 
 def _check(

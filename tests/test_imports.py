@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "hessian": {"ops", "window"},
     "order": {"ops", "spec", "hessian"},
     "obq": {"ops", "tile"},
-    "solver": {"spec", "reference", "ops", "tile", "order", "hessian", "obq"},
+    "result": {"spec"},
+    "solver": {"spec", "result", "reference", "ops", "tile", "order", "hessian", "obq"},
 }
 
 
@@ -60,6 +61,12 @@ def test_imports_point_inward(name: str) -> None:
     assert ours <= MAY_IMPORT[name]
     assert packages(others) <= {"torch"} | ({"numpy"} if name == "reference" else set())
     assert not any(other.startswith("torch.nn") for other in others)
+
+
+def test_targets_do_not_know_the_run() -> None:
+    ours, others = imports(ROOT / "sapq_triton" / "targets.py")
+    assert ours <= {"hessian", "layers", "solver", "spec"}
+    assert packages(others) <= {"torch"}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("sapq_triton/*.py")), ids=lambda p: p.stem)

@@ -1,0 +1,94 @@
+"""What `solve` returns, and how the error of a quantized layer is measured."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .spec import Order, QuantSpec
+
+MEASURED_ELEMENTS = 2**22  # of the weight, whose errors are measured at a time
+
+
+@dataclass(frozen=True)
+class SolveReport:
+    """What happened. Tensors have the batch shape of the weight: [] or [B].
+
+    row_error, row_energy: e H e^T of each row e of W - Q, and of W; float64 [R] or [B, R]. None
+        where `measure` was False.
+    damp: the damping that was used, as a fraction of the mean diagonal.
+    dead_columns: number of columns with H_cc = 0, which were rounded to nearest.
+    fallback: True where no damping made the problem solvable: rounded to nearest.
+    """
+
+    row_error: Tensor | None
+    row_energy: Tensor | None
+    damp: Tensor
+    dead_columns: Tensor
+    fallback: Tensor
+    order: Order
+    block: int
+
+    @property
+    def error(self) -> Tensor:
+        """Layer error tr((W - Q) H (W - Q)^T), float64"""
+        return _measured(self.row_error).sum(-1)
+
+    @property
+    def energy(self) -> Tensor:
+        """tr(W H W^T), float64"""
+        return _measured(self.row_energy).sum(-1)
+
+    @property
+    def relative_error(self) -> Tensor:
+        """error / energy; 0 where there is no energy."""
+        return torch.where(self.energy > 0, self.error / self.energy, 0.0)
+
+
+def _measured(per_row: Tensor | None) -> Tensor:
+    if per_row is None:
+        raise ValueError("the error was not measured: solve(..., measure=True)")
+    return per_row
+
+
+@dataclass(frozen=True)
+class SolveResult:
+    """codes uint8 [..., R, C]; scale and zero_point float32 [..., R, G] in original column order.
+
+    columns: int64 [..., C], the order in which the columns were quantized; None for "obq", where
+    each row has its own.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    columns: Tensor | None
+    spec: QuantSpec
+    report: SolveReport
+
+    def dequantize(self) -> Tensor:
+        """(codes - zero_point) * scale, float32 [..., R, C]"""
+        return dequantize(self.codes, self.scale, self.zero_point)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """codes [..., R, C], scale, zero_point [..., R, G]  ->  (codes - zero_point) * scale"""
+    grouped = codes.float().unflatten(-1, (scale.shape[-1], -1))  # [..., R, G, C / G]
+    return ((grouped - zero_point[..., None]) * scale[..., None]).flatten(-2)
+
+
+def layer_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
+    """tr((W - Q) H (W - Q)^T), float64: [..., R, C] twice, [..., C, C]  ->  [...]"""
+    return row_errors(weight.float(), hessian, quantized.float()).sum(-1)
+
+
+def row_errors(weight: Tensor, hessian: Tensor, quantized: Tensor | None = None) -> Tensor:
+    """e H e^T of each row e of W - Q, or W, float64: [..., R, C], [..., C, C]  ->  [..., R]"""
+    step = max(1, MEASURED_ELEMENTS // weight.shape[-1])
+    parts = []
+    for start in range(0, weight.shape[-2], step):
+        rows = (..., slice(start, start + step), slice(None))
+        error = weight[rows] if quantized is None else weight[rows] - quantized[rows]
+        error = error.to(hessian.dtype)
+        parts.append((error @ hessian).mul_(error).sum(-1, dtype=torch.float64))
+    return torch.cat(parts, -1)
