@@ -8,11 +8,12 @@ Same arithmetic as `sapq_triton.reference.solve_columns` but for the order of th
 PRECISION is not "ieee", its products beyond the SUB columns at hand: the codes are the same where
 every sum is exact, and otherwise unless w' / scale lies within the error of that sum from a tie.
 
-Rows never meet, so that one launch does all columns. A program owns BLOCK_R rows. The sum over
-earlier columns is a matrix product at two distances: of all tiles before this one, and of the
-columns between the start of the tile and the next SUB columns. Those are held in registers, a tuple
-of row vectors with scalar loads of the feedback: no shuffle, no barrier. `error` holds w' of a
-column until its error takes that place.
+Rows never meet, so that one launch does all columns: a program owns BLOCK_R rows. The sum over
+earlier columns is a matrix product at two distances: of all columns before the tile, and of those
+between the start of the tile and the SUB columns at hand. A product spreads its elements over
+threads; through `exchange` they come to where a thread owns a whole row, with SUB columns in
+registers as a tuple of row vectors and scalar loads of the feedback: no shuffle and no barrier from
+one column to the next. `error` holds w' of a column until its error takes that place.
 """
 
 import torch

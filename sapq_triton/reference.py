@@ -127,7 +127,7 @@ def solve_columns(
     With H = M D M^T, M unit upper triangular, feedback M, and running = weight this is the
     error-feedback form of GPTQ (LDLQ; Chee et al. 2023, arXiv 2307.13304, theorem 6).
     """
-    B, R, C = weight.shape
+    B, _, C = weight.shape
     work = _columns(running)  # w', then code - zero_point
     if work.data_ptr() == running.data_ptr():
         work = work.clone()
