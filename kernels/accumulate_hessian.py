@@ -12,6 +12,8 @@ with a partial sum of its own: the split depends on shapes only and nothing is a
 that the sum is always the same.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -80,7 +82,8 @@ def _accumulate_hessian_kernel(
     tl.store(p_ptrs, total, mask=mask)
 
 
-def _offsets(sizes, steps, device: torch.device) -> Tensor:
+@lru_cache(maxsize=256)  # one launch for each batch of a layer, not a dozen
+def _offsets(sizes: tuple[int, ...], steps: tuple[int, ...], device: torch.device) -> Tensor:
     """sum_a index_a * step_a of every index, row-major: int [product of sizes]"""
     reach = sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
     total = torch.zeros(1, dtype=torch.int64, device=device)
@@ -99,8 +102,8 @@ def accumulate_hessian(total: Tensor, inputs: Tensor, window, precision: str) ->
     count = positions[0] * positions[1] * positions[2]
     rows, channels = len(inputs) * count, inputs.shape[1] // groups
     stride_n, stride_c, *space = inputs.stride()
-    moves = [step * stride for step, stride in zip(window.stride, space, strict=True)]
-    reaches = [step * stride for step, stride in zip(window.dilation, space, strict=True)]
+    moves = tuple(step * stride for step, stride in zip(window.stride, space, strict=True))
+    reaches = tuple(step * stride for step, stride in zip(window.dilation, space, strict=True))
     precision = precision if inputs.dtype == torch.float32 else "16-bit"
     blocks = dict(parameters("accumulate_hessian", inputs.device, precision))
     if blocks["BLOCK_C"] > C:
