@@ -127,7 +127,7 @@ def accumulate_hessian(total: Tensor, inputs: Tensor, window, precision: str) ->
             rows,
             rows_each,
             n,
-            PATCHES=C > channels or count > 1,
+            PATCHES=channels < C or count > 1,
             ADD=into,
             PRECISION="ieee" if precision == "16-bit" else precision,  # which 16 bits do not need
             **blocks,

@@ -104,8 +104,9 @@ def _solve_columns_kernel(
         for start in range(tile, tl.minimum(tile + TILE, C), SUB):
             near = tl.cast(start, tl.int64) + tl.arange(0, SUB)  # [SUB]
             inside = EVEN | (near < C)
+            e_ptrs = error_rows[None, :] + near[:, None] * stride_ec
             sums = _add_feedback(
-                tl.load(error_rows[None, :] + near[:, None] * stride_ec, mask=inside[:, None], other=0.0),
+                tl.load(e_ptrs, mask=inside[:, None], other=0.0),
                 near, inside, tile, start, error_rows, stride_ec,
                 feedback_ptr, stride_fj, stride_fk, PRECISION, SUB,
             )  # fmt: skip
@@ -138,7 +139,6 @@ def _solve_columns_kernel(
             code = tl.load(exchange + 2 * SUB * BLOCK_R)
             error = tl.load(exchange + 3 * SUB * BLOCK_R)
             c_ptrs = codes_rows[None, :] + near[:, None] * stride_cc
-            e_ptrs = error_rows[None, :] + near[:, None] * stride_ec
             tl.store(c_ptrs, code.to(tl.uint8), mask=near_mask)
             tl.store(e_ptrs, error, mask=near_mask)
             tl.debug_barrier()
