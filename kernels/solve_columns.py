@@ -62,9 +62,9 @@ def _solve_columns_kernel(
     exchange_ptr,  # [B, programs, 4, SUB, BLOCK_R] float32, scratch
     R,
     C,
-    G,
     qmax,
     EVEN: tl.constexpr,  # SUB divides C
+    GROUPS: tl.constexpr,  # more than one
     PRECISION: tl.constexpr,
     SUB: tl.constexpr,
     TILE: tl.constexpr,
@@ -116,31 +116,45 @@ def _solve_columns_kernel(
             tl.store(exchange + SUB * BLOCK_R, tl.load(wide, mask=inside[:, None], other=0.0))
             tl.debug_barrier()  # what one thread has written others read
 
-            errors = ()
-            f_ptrs = feedback_ptr + tl.cast(start, tl.int64) * (stride_fj + stride_fk)
+            # all loads before the steps, all stores behind them: a step waits for nothing but the
+            # step before it
+            w = ()
+            target = ()
+            scales = ()
+            zero_points = ()
             g_ptrs = group_ptr + tl.cast(start, tl.int64) * stride_gc
             for i in tl.static_range(SUB):
-                known = EVEN | (start + i < C)
-                running = tl.load(exchange_rows + i * BLOCK_R)
+                w = w + (tl.load(exchange_rows + i * BLOCK_R),)
+                target = target + (tl.load(exchange_rows + (SUB + i) * BLOCK_R),)
+                if GROUPS:
+                    known = EVEN | (start + i < C)
+                    group = tl.load(g_ptrs + i * stride_gc, mask=known, other=0).to(tl.int32)
+                    s_ptrs = scale_rows + tl.cast(group, tl.int64) * stride_sg
+                    z_ptrs = zero_point_rows + tl.cast(group, tl.int64) * stride_zg
+                    scales = scales + (tl.load(s_ptrs),)
+                    zero_points = zero_points + (tl.load(z_ptrs),)
+                else:
+                    scales = scales + (scale,)
+                    zero_points = zero_points + (zero_point,)
+            codes = ()
+            errors = ()
+            f_ptrs = feedback_ptr + tl.cast(start, tl.int64) * (stride_fj + stride_fk)
+            for i in tl.static_range(SUB):
+                running = w[i]
                 for j in tl.static_range(i):
                     f_ptr = f_ptrs + j * stride_fj + i * stride_fk
-                    running += errors[j] * tl.load(f_ptr, mask=known, other=0.0)
-                if G > 1:
-                    group = tl.load(g_ptrs + i * stride_gc, mask=known, other=0).to(tl.int32)
-                    scale = tl.load(scale_rows + tl.cast(group, tl.int64) * stride_sg)
-                    zero_point = tl.load(zero_point_rows + tl.cast(group, tl.int64) * stride_zg)
-                code = to_code(running, scale, zero_point, qmax)
-                error = tl.load(exchange_rows + (SUB + i) * BLOCK_R)
-                error -= to_value(code, scale, zero_point)
-                tl.store(exchange_rows + (2 * SUB + i) * BLOCK_R, code)
-                tl.store(exchange_rows + (3 * SUB + i) * BLOCK_R, error)
-                errors = errors + (error,)
+                    f = tl.load(f_ptr, mask=EVEN | (start + i < C), other=0.0)
+                    running += errors[j] * f
+                code = to_code(running, scales[i], zero_points[i], qmax)
+                codes = codes + (code,)
+                errors = errors + (target[i] - to_value(code, scales[i], zero_points[i]),)
+            for i in tl.static_range(SUB):
+                tl.store(exchange_rows + (2 * SUB + i) * BLOCK_R, codes[i])
+                tl.store(exchange_rows + (3 * SUB + i) * BLOCK_R, errors[i])
             tl.debug_barrier()
-            code = tl.load(exchange + 2 * SUB * BLOCK_R)
-            error = tl.load(exchange + 3 * SUB * BLOCK_R)
             c_ptrs = codes_rows[None, :] + near[:, None] * stride_cc
-            tl.store(c_ptrs, code.to(tl.uint8), mask=near_mask)
-            tl.store(e_ptrs, error, mask=near_mask)
+            tl.store(c_ptrs, tl.load(exchange + 2 * SUB * BLOCK_R).to(tl.uint8), mask=near_mask)
+            tl.store(e_ptrs, tl.load(exchange + 3 * SUB * BLOCK_R), mask=near_mask)
             tl.debug_barrier()
 
 
@@ -177,9 +191,9 @@ def solve_columns(
             exchange,
             R,
             C,
-            scale.shape[2],
             float(qmax),
             EVEN=C % SUB == 0,
+            GROUPS=scale.shape[2] > 1,
             PRECISION=precision,
             SUB=SUB,
             **blocks,
