@@ -17,8 +17,8 @@ CASES = [  # layer, tokens or images in each batch
     pytest.param(Layer("small", 1, 64, 128, (128,)), 256, id="128 columns"),
     pytest.param(SMALL, 8, id="72 columns, 3x3 stride 2"),
     pytest.param(DEPTHWISE, 2, id="9 columns, depthwise 3x3"),
-    pytest.param(LINEAR["q_proj"], 16384, id="4096 columns", marks=pytest.mark.gpu),
-    pytest.param(LINEAR["down_proj"], 4096, id="14336 columns", marks=pytest.mark.gpu),
+    pytest.param(LINEAR["q_proj"], 65536, id="4096 columns", marks=pytest.mark.gpu),
+    pytest.param(LINEAR["down_proj"], 65536, id="14336 columns", marks=pytest.mark.gpu),
     pytest.param(
         CONVOLUTIONS["layer3.1.conv2"], 256, id="2304 columns, 3x3", marks=pytest.mark.gpu
     ),

@@ -96,7 +96,7 @@ def case(rows: int, columns: int, spec: QuantSpec, order: Order, device: torch.d
         ratio = error_ratio(weight, hessian, result, codes)
         assert abs(ratio - 1) < tolerance(rows), f"layer error is {ratio:.6f} of that in float64"
 
-    return Case(call, check)
+    return Case(call, check, weight=4 * rows * columns, hessian=4 * columns**2)
 
 
 @pytest.mark.parametrize("order", ORDERS)

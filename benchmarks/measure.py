@@ -7,18 +7,21 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from sapq_triton import ops
 from sapq_triton.ops import Backend
 
 ROOT = Path(__file__).parents[1]
 MIN_ROUNDS, MAX_ROUNDS = 3, 100
+HESSIANS_ALLOWED, WEIGHTS_ALLOWED = 3, 2  # peak extra memory of a solve
 CACHE = 2**29  # bytes written before each timed call on a GPU: more than any L2 cache
 
 
@@ -36,6 +39,8 @@ class Case:
     moved: int = 0
     flops: int = 0
     dtype: str = "float32"
+    weight: int = 0
+    hessian: int = 0
 
 
 def size(*tensors: Tensor) -> int:
@@ -75,22 +80,65 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, *, budget: float = 1.0
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    budget: float = 1.0,
+    least: int = MIN_ROUNDS,
+    warm: bool = False,
 ) -> dict[str, float]:
     """Median seconds of each call; they take turns, for about `budget` seconds in all.
 
-    A warm-up round, not counted, compiles and allocates; a second one sets the number of rounds.
+    A warm-up round, not counted, compiles and allocates, unless they are `warm` already; a second
+    one sets the number of rounds, `least` at least.
     """
-    for call in calls.values():
+    for call in calls.values() if not warm else ():
         call()
     synchronize(device)
     times = {name: [seconds(call, device)] for name, call in calls.items()}
     round_ = sum(first for (first,) in times.values())
-    rounds = min(max(int(budget / max(round_, 1e-9)), MIN_ROUNDS), MAX_ROUNDS)
+    rounds = min(max(int(budget / max(round_, 1e-9)), least), MAX_ROUNDS)
     for _ in range(rounds - 1):
         for name, call in calls.items():
             times[name].append(seconds(call, device))
     return {name: median(taken) for name, taken in times.items()}
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that a call holds at once beyond what was there before it; its result counts.
+
+    On a GPU as the allocator counts them, on a CPU as the profiler does: temporaries inside an
+    operator are seen, those of NumPy are not.
+    """
+    call()  # compiled kernels and workspaces of libraries come once
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    events = seen.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate((change for _, change in changes), initial=0))
+
+
+def memory(
+    call: Callable[[], object], weight: int, hessian: int, device: torch.device
+) -> dict[str, float]:
+    """Peak extra memory of a call in units of its weight and Hessian, and of what it may take."""
+    peak = peak_memory(call, device)
+    allowed = HESSIANS_ALLOWED * hessian + WEIGHTS_ALLOWED * weight
+    return {
+        "extra MiB": peak / 2**20,
+        "of Hessian": peak / hessian,
+        "of weight": peak / weight,
+        "of 3 H + 2 W": peak / allowed,
+    }
 
 
 # --- what a device can do -------------------------------------------------------------------------
@@ -190,6 +238,9 @@ def record(
             taken = interleaved({"": lambda: case.call(backend)}, device, budget=0.2)[""]
             benchmark.extra_info["device seconds"] = taken
         benchmark.extra_info.update(rates(case, taken, device), ceilings=ceilings(device))
+        if case.weight:
+            used = memory(lambda: case.call(backend), case.weight, case.hessian, device)
+            benchmark.extra_info.update(used)
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

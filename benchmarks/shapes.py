@@ -1,11 +1,12 @@
 """What is benchmarked: layers of real networks by shape, and problems like theirs.
 
-The shapes of ResNet-50 and YOLOv5s are read off a forward pass of `sapq_triton.models` on the meta
-device, which computes nothing.
+The shapes of ResNet-50, YOLOv5s and EfficientNet-Lite0 are read off a forward pass of
+`sapq_triton.models` on the meta device, which computes nothing.
 """
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
@@ -70,6 +71,12 @@ def yolov5s() -> tuple[Layer, ...]:
 
 
 @cache
+def efficientnet_lite0() -> tuple[Layer, ...]:
+    with torch.device("meta"):
+        return walk(models.EfficientNetLite0().eval(), torch.empty(1, 3, 224, 224))
+
+
+@cache
 def llama_3_8b() -> tuple[Layer, ...]:
     """The linear layers of one of its blocks."""
     hidden, key_value, intermediate, _ = LLAMA_3_8B.values()
@@ -85,12 +92,30 @@ def llama_3_8b() -> tuple[Layer, ...]:
     return tuple(Layer(name, 1, R, C, (C,)) for name, (R, C) in sizes.items())
 
 
+@cache
+def llama_3_8b_solves() -> tuple[Layer, ...]:
+    """The same with layers that read the same input as one: a Hessian, and the rows of all."""
+    by_name = {layer.name: layer for layer in llama_3_8b()}
+    shared = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
+    return tuple(
+        replace(by_name[names[0]], name=" ".join(names), rows=sum(by_name[n].rows for n in names))
+        for names in shared
+    )
+
+
 def distinct(found: Iterable[Layer]) -> tuple[Layer, ...]:
     """The first layer of each shape, fewest columns first."""
     by_shape: dict[tuple[int, int, int], Layer] = {}
     for layer in found:
         by_shape.setdefault(layer.shape, layer)
     return tuple(sorted(by_shape.values(), key=lambda layer: (layer.columns, layer.rows)))
+
+
+def counted(found: Iterable[Layer]) -> dict[Layer, int]:
+    """The first layer of each shape, and how many have it."""
+    found = tuple(found)
+    counts = Counter(layer.shape for layer in found)
+    return {layer: counts[layer.shape] for layer in distinct(found)}
 
 
 def problem(
@@ -115,6 +140,15 @@ def problem(
     hessian = (hessian + hessian.T) / 2
     hessian.diagonal().add_(0.05)
     return weight.to(device), hessian * power[:, None] * power
+
+
+def problems(layer: Layer, *, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Weight and Hessian of a layer as `solve` takes them: with a batch where it has groups."""
+    if layer.groups == 1:
+        return problem(layer.rows, layer.columns, device=device)
+    each = [problem(layer.rows, layer.columns, seed=seed) for seed in range(layer.groups)]
+    weights, hessians = zip(*each, strict=True)
+    return torch.stack(weights).to(device), torch.stack(hessians).to(device)
 
 
 def inputs(
