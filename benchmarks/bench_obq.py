@@ -6,25 +6,28 @@ import pytest
 import torch
 
 from benchmarks.measure import Case, record
-from benchmarks.obq import DAMP, SPEC, Problem, Setting, check, check_setting
-from sapq_triton import solve
+from benchmarks.obq import Problem, Setting, check, check_setting
+from benchmarks.shapes import Layer
 from sapq_triton.ops import Backend
 
 METHODS = ["sapq", "obq", "literal"]
-SHAPES = [  # R, C
-    pytest.param(16, 96, id="16x96"),
-    pytest.param(128, 512, id="128x512", marks=pytest.mark.gpu),
-    pytest.param(512, 512, id="512x512", marks=pytest.mark.gpu),
+SHAPES = [  # groups, R, C
+    pytest.param(1, 16, 96, id="16x96"),
+    pytest.param(16, 1, 25, id="16 groups of 1x25"),
+    pytest.param(1, 128, 512, id="128x512", marks=pytest.mark.gpu),
+    pytest.param(1, 512, 512, id="512x512", marks=pytest.mark.gpu),
+    pytest.param(1152, 1, 25, id="1152 groups of 1x25", marks=pytest.mark.gpu),
 ]
 
 
-def case(rows: int, columns: int, method: str, device: torch.device) -> Case:
-    made = Problem.of(rows, columns, device)
+def case(layer: Layer, method: str, device: torch.device) -> Case:
+    made = Problem.of(layer, device)
+    rows, columns = made.weight.shape
     setting = Setting(rows, 64)
 
     def call(backend: Backend) -> object:
         if method == "sapq":
-            return solve(made.weight, made.hessian, SPEC, damp=DAMP, backend=backend)
+            return made.sapq(backend)
         if method == "obq":
             return made.obq(slice(rows), setting, backend=backend)
         return made.literal(slice(rows), columns)
@@ -37,10 +40,10 @@ def case(rows: int, columns: int, method: str, device: torch.device) -> Case:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("R, C", SHAPES)
+@pytest.mark.parametrize("groups, R, C", SHAPES)
 def bench_obq(
-    benchmark: Any, device: torch.device, backend: Backend, R: int, C: int, method: str
+    benchmark: Any, device: torch.device, backend: Backend, groups: int, R: int, C: int, method: str
 ) -> None:
-    benchmark.group = f"SAPQ and OBQ {R}x{C}"
-    made = case(R, C, method, device)
-    record(benchmark, made, backend, device, rows=R, columns=C, method=method)
+    benchmark.group = f"SAPQ and OBQ {groups}x{R}x{C}"
+    made = case(Layer("", groups, R, C, (groups * C,)), method, device)
+    record(benchmark, made, backend, device, groups=groups, rows=R, columns=C, method=method)

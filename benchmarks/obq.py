@@ -6,10 +6,13 @@ SAPQ      sapq_triton.solve(order="sensitivity"), whole: grid search, checks and
 OBQ       sapq_triton's exact OBQ with delayed updates, without grid search, checks and report.
           Timed on a sample of rows and scaled linearly to all of them; the inverse of the Hessian,
           which the rows share at the start, is computed and counted once. Rows at a time and block
-          are the fastest of those tried, for each number of columns.
+          are the fastest of those tried, for each number of columns. The small problems of a
+          grouped convolution are solved all at once, their rows having inverses of their own.
 literal   the same algorithm as published: after each weight a rank-one update of the inverse of
           every row. Timed on fewer rows and on its first steps, all of which cost the same, and
           scaled linearly to all.
+
+`benchmarks.headline` sums this over whole models.
 
 Before anything is timed the two forms of OBQ must choose the same codes in float64, and OBQ as it
 is timed must have the layer error that it has in float64.
@@ -29,8 +32,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import environment, interleaved, markdown, synchronize
-from benchmarks.shapes import Layer, distinct, problem, resnet50
-from sapq_triton import QuantSpec, SolveResult, layer_error, solve
+from benchmarks.shapes import Layer, distinct, problems, resnet50
+from sapq_triton import QuantSpec, SolveResult, layer_error, ops, solve
 from sapq_triton.hessian import inverse
 from sapq_triton.obq import solve_obq
 from sapq_triton.ops import Backend
@@ -42,7 +45,10 @@ MIN_COLUMNS, QUICK_COLUMNS = 512, 576
 BLOCKS = (16, 256)  # the smallest and the largest that are tried
 # bytes of inverses that rows at a time may take on a CPU, and those that are tried first
 CHUNK_BYTES, CHUNK_AT_FIRST = 2**29, 2**26
-CHECK_BYTES, LITERAL_BYTES = 2e10, 4e9  # memory that the literal form may move, where it is sampled
+CHECK_BYTES = 2e10  # memory that the literal form may move where it is compared,
+LITERAL_BYTES = {"cpu": 4e9, "cuda": 4e11}  # and where it is timed
+LITERAL_ROWS = {"cpu": 64, "cuda": 256}  # at a time: more are no faster by row
+LITERAL_STEPS = 32  # at least
 CHECK_STEPS = 4 * 10**10  # elements of inverses that OBQ may update where its setting is checked
 
 
@@ -53,15 +59,25 @@ class Literal(NamedTuple):
     codes: Tensor
 
 
+def in_place(inverse: Tensor, row: Tensor, share: Tensor) -> None:
+    inverse.baddbmm_(row[:, :, None], share[:, None, :], alpha=-1)
+
+
 def literal_obq(
-    weight: Tensor, inverse: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, steps: int
+    weight: Tensor,
+    inverse: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmax: int,
+    steps: int,
+    update: Callable[[Tensor, Tensor, Tensor], None] = in_place,
 ) -> Literal:
     """Frantar & Alistarh 2022, arXiv 2208.11580, algorithm 3 with its outlier rule, N rows at once.
 
-    weight [N, C], inverse [C, C], scale, zero_point [N, G]
+    weight [N, C], inverse [C, C] or [N, C, C], scale, zero_point [N, G]
     """
     N, C = weight.shape
-    w, a = weight.clone(), inverse.repeat(N, 1, 1)
+    w, a = weight.clone(), inverse.expand(N, C, C).clone(memory_format=torch.contiguous_format)
     s, z = (grid.repeat_interleave(C // grid.shape[1], 1) for grid in (scale, zero_point))
     each = torch.arange(N, device=w.device)
     done = torch.zeros(N, C, dtype=torch.bool, device=w.device)
@@ -77,7 +93,7 @@ def literal_obq(
         row = a[each, j]
         share = row / row[each, j, None]
         w -= delta[each, j, None] * share
-        a.baddbmm_(row[:, :, None], share[:, None, :], alpha=-1)
+        update(a, row, share)
         picked[:, step], codes[:, step] = j, code[each, j]
         done[each, j] = True
     return Literal(picked, codes)
@@ -93,9 +109,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds; errors are relative, of the sampled rows."""
+    """Seconds of one layer; errors are relative, of the sampled rows. rows: of all groups."""
 
     layer: str
+    groups: int
     rows: int
     columns: int
     sapq: float
@@ -116,16 +133,41 @@ class Row:
 
 
 class Problem(NamedTuple):
+    """The rows of all groups, one below the other.
+
+    weight [N, C], hessian, inverse [B, C, C], scale, zero_point [N, 1]: the grid of SAPQ, to which
+    OBQ rounds as well. codes [N, C]: of SAPQ.
+    """
+
     weight: Tensor
     hessian: Tensor
     inverse: Tensor
-    result: SolveResult  # of SAPQ, whose grid OBQ rounds to as well
+    scale: Tensor
+    zero_point: Tensor
+    codes: Tensor
 
     @classmethod
-    def of(cls, rows: int, columns: int, device: torch.device) -> "Problem":
-        weight, hessian = problem(rows, columns, device=device)
-        result = solve(weight, hessian, SPEC, damp=DAMP)
-        return cls(weight, hessian, shared_inverse(hessian), result)
+    def of(cls, layer: Layer, device: torch.device) -> "Problem":
+        weight, hessian = problems(layer, device=device)
+        found = solve(weight, hessian, SPEC, damp=DAMP)
+        hessian = hessian.reshape(-1, layer.columns, layer.columns)
+        rows = (t.reshape(-1, t.shape[-1]) for t in (found.scale, found.zero_point, found.codes))
+        return cls(weight.reshape(-1, layer.columns), hessian, shared_inverse(hessian), *rows)
+
+    @property
+    def groups(self) -> int:
+        return len(self.hessian)
+
+    def of_rows(self, matrices: Tensor, rows: slice | Tensor) -> Tensor:
+        """Those of a matrix per group that belong to these rows: one for all, or one for each."""
+        if self.groups == 1:
+            return matrices[0]
+        group = torch.arange(len(self.weight), device=self.weight.device)
+        return matrices[(group // (len(self.weight) // self.groups))[rows]]
+
+    def sapq(self, backend: Backend = "auto") -> SolveResult:
+        weight = self.weight.unflatten(0, (self.groups, -1))
+        return solve(weight, self.hessian, SPEC, damp=DAMP, backend=backend)
 
     def obq(
         self,
@@ -135,42 +177,59 @@ class Problem(NamedTuple):
         backend: Backend = "auto",
     ) -> Tensor:
         """Codes of these rows, `setting.rows` at a time."""
-        grid = (self.weight, self.result.scale, self.result.zero_point)
-        parts = zip(*(t[rows].to(dtype).split(setting.rows) for t in grid), strict=True)
-        a = self.inverse.to(dtype)[None]
+        w, s, z = (t[rows].to(dtype) for t in (self.weight, self.scale, self.zero_point))
+        a = self.of_rows(self.inverse, rows).to(dtype)
+        if self.groups > 1:
+            return exact_obq(w, a, s, z, backend)
+        parts = zip(*(t.split(setting.rows) for t in (w, s, z)), strict=True)
         options = (SPEC.qmax, setting.block, "tf32x3", backend)
         return torch.cat(
-            [solve_obq(w[None], a, s[None], z[None], *options)[0][0] for w, s, z in parts]
+            [solve_obq(w[None], a[None], s[None], z[None], *options)[0][0] for w, s, z in parts]
         )
 
     def literal(self, rows: slice, steps: int, dtype: torch.dtype = torch.float32) -> Literal:
-        grid = (self.weight, self.inverse, self.result.scale, self.result.zero_point)
-        w, a, s, z = (t.to(dtype) for t in grid)
-        return literal_obq(w[rows], a, s[rows], z[rows], SPEC.qmax, steps)
+        w, s, z = (t[rows].to(dtype) for t in (self.weight, self.scale, self.zero_point))
+        a = self.of_rows(self.inverse, rows).to(dtype)
+        return literal_obq(w, a, s, z, SPEC.qmax, steps)
 
     def error(self, codes: Tensor, rows: Tensor) -> float:
         """Relative layer error of these rows."""
         w = self.weight[rows]
-        q = dequantize(codes, self.result.scale[rows], self.result.zero_point[rows])
+        q = dequantize(codes, self.scale[rows], self.zero_point[rows])
+        h = self.of_rows(self.hessian, rows)
+        if self.groups > 1:
+            w, q = w[:, None], q[:, None]
         zero = torch.zeros_like(w)
-        return (layer_error(w, q, self.hessian) / layer_error(w, zero, self.hessian)).item()
+        return (layer_error(w, q, h).sum() / layer_error(w, zero, h).sum()).item()
+
+
+def exact_obq(
+    weight: Tensor, inverse: Tensor, scale: Tensor, zero_point: Tensor, backend: Backend
+) -> Tensor:
+    """All steps before the first update of an inverse: codes [N, C] of rows with few columns."""
+    N, C = weight.shape
+    group = torch.zeros(N, C, dtype=torch.int64, device=weight.device)
+    grid = (scale, zero_point, group, SPEC.qmax)
+    picked, code, _ = ops.solve_rows(weight.clone(), inverse, *grid, C, backend)
+    return torch.empty_like(code).scatter_(1, picked, code)
 
 
 def shared_inverse(hessian: Tensor) -> Tensor:
-    return inverse(hessian[None], DAMP)[0][0].float()
+    """[B, C, C] float32"""
+    return inverse(hessian, DAMP)[0].float()
 
 
-def literal_size(columns: int, itemsize: int, budget: float) -> tuple[int, int]:
+def literal_size(columns: int, itemsize: int, budget: float, most: int = 8) -> tuple[int, int]:
     """Rows and steps within the bytes that the literal form may move."""
     each = 2 * itemsize * columns**2  # read and written for each weight
-    steps = int(min(columns, max(32, budget / each)))
-    return int(min(8, max(1, budget / each / steps))), steps
+    least = min(columns, LITERAL_STEPS)
+    rows = int(min(most, max(1, budget / each / least)))
+    return rows, int(min(columns, max(least, budget / each / rows)))
 
 
 def check(made: Problem) -> tuple[int, int]:
     """Both forms of OBQ must choose the same codes; returns the rows and steps compared."""
-    rows, steps = literal_size(made.weight.shape[1], 8, CHECK_BYTES)
-    rows = min(rows, len(made.weight))
+    rows, steps = literal_size(made.weight.shape[1], 8, CHECK_BYTES, min(8, len(made.weight)))
     expected = made.literal(slice(rows), steps, torch.float64)
     actual = made.obq(slice(rows), Setting(rows, 32), torch.float64, "reference").gather(
         1, expected.picked
@@ -232,39 +291,58 @@ def fastest(made: Problem, device: torch.device) -> Setting:
         best = better
 
 
-def measure(layer: Layer, setting_of: Callable[[Problem], Setting], device: torch.device) -> Row:
-    R, C = layer.rows, layer.columns
-    made = Problem.of(R, C, device)
+def measure(
+    layer: Layer,
+    setting_of: Callable[[Problem], Setting],
+    device: torch.device,
+    budget: float = 5.0,
+) -> Row:
+    made = Problem.of(layer, device)
+    N, C = made.weight.shape
     compared = check(made)
     setting = setting_of(made)
     check_setting(made, setting)
-    # a GPU does all rows; a CPU a sample, evenly spaced
-    sample = R if device.type == "cuda" else min(R, max(setting.rows, 2))
-    picked = torch.linspace(0, R - 1, sample, device=device).long()
-    rows, steps = literal_size(C, 4, LITERAL_BYTES)
-    rows = min(rows, R)
+    sample = min(N, max(setting.rows, 2))
+    picked = torch.linspace(0, N - 1, sample, device=device).long()
+    most = min(N, LITERAL_ROWS[device.type])
+    rows, steps = literal_size(C, 4, LITERAL_BYTES[device.type], most)
     codes: dict[str, Tensor] = {}
     calls = {
-        "sapq": lambda: solve(made.weight, made.hessian, SPEC, damp=DAMP),
+        "sapq": made.sapq,
         "inverse": lambda: shared_inverse(made.hessian),
         "obq": lambda: codes.update(obq=made.obq(picked, setting)),
         "literal": lambda: made.literal(slice(rows), steps),
     }
-    taken = interleaved(calls, device, budget=5.0)
+    taken = interleaved(calls, device, budget=budget)
     return Row(
-        layer.name, R, C,
+        layer.name, layer.groups, N, C,
         sapq=taken["sapq"],
-        obq=taken["inverse"] + taken["obq"] * R / sample,
+        obq=taken["inverse"] + taken["obq"] * N / sample,
         obq_rows=sample,
         setting=setting,
-        literal=taken["inverse"] + taken["literal"] * R / rows * C / steps,
+        literal=taken["inverse"] + taken["literal"] * N / rows * C / steps,
         literal_rows=rows,
         literal_steps=steps,
         compared_rows=compared[0],
         compared_steps=compared[1],
-        sapq_error=made.error(made.result.codes[picked], picked),
+        sapq_error=made.error(made.codes[picked], picked),
         obq_error=made.error(codes["obq"], picked),
     )  # fmt: skip
+
+
+def settings(device: torch.device) -> Callable[[Problem], Setting]:
+    """The fastest one for each number of columns, looked for once."""
+    found: dict[int, Setting] = {}
+
+    def of(made: Problem) -> Setting:
+        N, C = made.weight.shape
+        if made.groups > 1:
+            return Setting(N, C)
+        if C not in found:
+            found[C] = fastest(made, device)
+        return found[C]
+
+    return of
 
 
 HEADER = (
@@ -293,15 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     most = QUICK_COLUMNS if options.quick else float("inf")
     chosen = [layer for layer in distinct(resnet50()) if MIN_COLUMNS <= layer.columns <= most]
 
-    settings: dict[int, Setting] = {}
-
-    def setting_of(made: Problem) -> Setting:
-        columns = made.weight.shape[1]
-        if columns not in settings:
-            settings[columns] = fastest(made, device)
-        return settings[columns]
-
-    rows = []
+    setting_of, rows = settings(device), []
     # the most rows first: they allow every number of rows at a time
     for layer in sorted(chosen, key=lambda layer: (layer.columns, -layer.rows)):
         rows.append(measure(layer, setting_of, device))
