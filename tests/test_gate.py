@@ -2,19 +2,19 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks import gate
-from sapq_triton import ops
+from benchmarks import carry, gate
+from sapq_triton import QuantSpec, layers, ops
 
-CHECKS = ["parity", "determinism", "hessian"]
-TIMES = ["solve_times", "hessian_times", "kernel_times"]
-STAGES = [*CHECKS, "ceilings", *TIMES]
+TIMES = ["solve_times", "hessian_times", "kernel_times", "model_times"]
+STAGES = [stage for stage in gate.LIMITS if stage != "tests"]
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,8 @@ def one_thread() -> Iterator[None]:
 def run(out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     """Exit status and report of a quick gate on the CPU."""
     status = gate.main(["--cpu", "--quick", "--commit", "0123abc", "--out", str(out), *arguments])
-    return status, json.loads((out / "cpu-0123abc-quick.json").read_text())
+    part = "-part" if "--stages" in arguments else ""
+    return status, json.loads((out / f"cpu-0123abc-quick{part}.json").read_text())
 
 
 def test_gate_passes(tmp_path: Path) -> None:
@@ -37,12 +38,18 @@ def test_gate_passes(tmp_path: Path) -> None:
     assert (status, report["passed"], report["failures"]) == (0, True, [])
     assert report["environment"]["device"] == "cpu"
     assert report["environment"]["commit"] == "0123abc"
-    assert not report["tested"]
+    assert not report["tested"] and report["whole"] and report["cut"] == {}
     assert list(report["stages"]) == list(report["seconds"]) == STAGES
     for rows in report["stages"].values():
         assert rows and all(row["ok"] for row in rows)
     for stage in TIMES:
         assert all(row["reference"] > 0 for row in report["stages"][stage])
+    assert {row["precision"] for row in report["stages"]["parity"]} == set(gate.PRECISIONS)
+    assert all(row["of 3 H + 2 W"] <= 1 for row in report["stages"]["memory"])
+    assert report["stages"]["obq_times"][-1]["paper"] == "20–200"
+    for stage in ("carried", "peers"):
+        (row,) = report["stages"][stage]
+        assert row["skipped"]
     for row in report["stages"]["kernel_times"]:
         assert {"GB/s", "TFLOP/s"} & set(row)
     timed = {row["kernel"].split(",")[0] for row in report["stages"]["kernel_times"]}
@@ -63,12 +70,47 @@ def first_column_flipped(codes: Tensor) -> Tensor:
     return codes
 
 
+def one_code_flipped(codes: Tensor) -> Tensor:
+    codes[..., 0, 0] ^= 1
+    return codes
+
+
+def more_memory(out: Any, *_: Any) -> Any:
+    torch.zeros(2**22)
+    return out
+
+
 FAULTS: list[Any] = [  # op, what becomes of its result and arguments, the stage that must notice
     pytest.param(
         "solve_columns",
         lambda out, *_: (first_column_flipped(out[0]), out[1]),
         "parity",
         id="codes",
+    ),
+    pytest.param(
+        "solve_columns",
+        lambda out, *_: (one_code_flipped(out[0]), out[1]),
+        "parity",
+        id="one-code",
+    ),
+    pytest.param("solve_columns", more_memory, "memory", id="memory"),
+    pytest.param(
+        "solve_columns",
+        lambda out, *_: (out[0] ^ 15, out[1]),
+        "model_times",
+        id="codes-of-models",
+    ),
+    pytest.param(
+        "accumulate_hessian",
+        lambda out, total, *_: (total.diagonal(dim1=1, dim2=2).mul_(1.001), out)[1],
+        "model_times",
+        id="diagonal-of-a-block",
+    ),
+    pytest.param(
+        "solve_rows",
+        lambda out, *_: (out[0], first_column_flipped(out[1]), out[2]),
+        "obq_times",
+        id="obq-codes-of-models",
     ),
     pytest.param("compensate", lambda out, w, *_: w.zero_(), "parity", id="lost-weights"),
     pytest.param("downdate", lambda out, a, *_: a.mul_(2), "kernel_times", id="scaled-inverse"),
@@ -110,11 +152,121 @@ def test_wrong_result_ends_the_gate(
 ) -> None:
     right = getattr(ops, name)
     monkeypatch.setattr(ops, name, lambda *args, **kw: fault(right(*args, **kw), *args))
-    status, report = run(tmp_path, "--no-tests")
-    assert status == 1 and not report["passed"]
+    status, report = run(tmp_path, "--stages", stage, "peers")
+    assert status == 1 and not report["passed"] and not report["whole"]
     assert report["failures"][0].startswith(f"{stage}: ")
-    assert list(report["stages"])[-1] == stage
-    assert "not passed" in (tmp_path / "cpu-0123abc-quick.md").read_text()
+    assert list(report["stages"]) == [stage]
+    assert "not passed" in (tmp_path / "cpu-0123abc-quick-part.md").read_text()
+
+
+def test_model_that_holds_other_weights_ends_the_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = layers.store_weight
+    monkeypatch.setattr(layers, "store_weight", lambda layer, w: right(layer, w * 1.01))
+    status, report = run(tmp_path, "--stages", "model_times")
+    assert status == 1 and "holds other weights" in report["failures"][0]
+
+
+# --- what is carried in ---------------------------------------------------------------------------
+
+
+def small_network(side: int) -> nn.Module:
+    layers_ = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*layers_, nn.Linear(8 * (side - 2) ** 2, 10))
+
+
+@pytest.fixture
+def carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a small network, and images whose labels are what it predicts."""
+    monkeypatch.setattr(gate, "CARRIED", {"small": small_network})
+    model = small_network(8).eval()
+    pixels = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8)
+    with torch.no_grad():
+        labels = model(carry.preprocess(pixels)).argmax(1)
+    carry.pack(tmp_path / "carried", "small", model.state_dict(), pixels, labels, 8)
+    return tmp_path / "carried"
+
+
+def test_carried_network_is_quantized_here_and_on_the_cpu(carried: Path, tmp_path: Path) -> None:
+    status, report = run(tmp_path, "--stages", "carried", "--carried", str(carried))
+    assert status == 0
+    (row,) = report["stages"]["carried"]
+    assert row["images"] == [8, 16] and row["top-1 fp32"] == 100
+    assert row["layer error / CPU"] == row["same predictions"] == row["same in fp32"] == 1
+
+
+def test_carried_network_that_comes_out_worse_ends_the_gate(
+    carried: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, bits = gate.quantize, iter((3, 4))
+    monkeypatch.setattr(
+        gate, "quantize", lambda model, x, spec, **kw: right(model, x, QuantSpec(next(bits)), **kw)
+    )
+    status, report = run(tmp_path, "--stages", "carried", "--carried", str(carried))
+    assert status == 1 and report["failures"][0].startswith("carried: ")
+
+
+def test_carry_refuses_a_split_without_images(tmp_path: Path) -> None:
+    pixels, labels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="4 of 4 images"):
+        carry.pack(tmp_path, "small", {}, pixels, labels, 4)
+    assert carry.read(tmp_path, "small") is None
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_peers_run_with_what_was_carried_in(
+    status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "some.whl").touch()
+    seen = {}
+
+    class Done:
+        returncode, stdout = status, "AssertionError: other codes"
+
+    def peers(command: list[str], env: dict[str, str], **_: object) -> type[Done]:
+        seen.update(command=command, path=env["PYTHONPATH"])
+        row = {"solver": "ours", "seconds": 0.1, "ratios": {"natural": 1.0}}
+        Path(command[command.index("--json") + 1]).write_text(json.dumps({"rows": [row]}))
+        return Done
+
+    monkeypatch.setattr(gate.subprocess, "run", peers)
+    got, report = run(tmp_path, "--stages", "peers", "--peers", str(tmp_path))
+    assert got == status
+    assert seen["command"][1:5] == ["-m", "benchmarks.peers", "--device", "cpu"]
+    assert seen["path"].split(":")[:2] == [str(tmp_path), str(tmp_path / "some.whl")]
+    (row,) = report["stages"]["peers"]
+    if status:
+        assert "other codes" in row["last"]
+    else:
+        assert row == {"solver": "ours", "seconds": 0.1, "/ ours natural": 1.0, "ok": True}
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, passed", [("hessian", False), ("peers", True)])
+def test_stage_over_its_limit_is_cut_short(name: str, passed: bool) -> None:
+    """Timings may be missing; checks may not."""
+    report: dict[str, Any] = {
+        "stages": {}, "seconds": {}, "failures": [], "cut": {}, "passed": False
+    }  # fmt: skip
+    stages = {name: lambda: iter([{"ok": True}] * 3), "solve_times": lambda: iter([{"ok": True}])}
+    written = []
+    gate.run(stages, {name: -1.0, "solve_times": 60.0}.__getitem__, report, written.append)
+    assert report["stages"] == {name: [{"ok": True}], "solve_times": [{"ok": True}]}
+    assert list(report["cut"]) == [name]
+    assert report["passed"] is passed and bool(report["failures"]) is not passed
+    assert written[-1] is report
+
+
+def test_limits_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = gate.Gate(gate.FULL, torch.device("cuda"), started=1000.0)
+    monkeypatch.setattr(gate.time, "perf_counter", lambda: 1000.0)
+    assert made.limit("parity") == gate.LIMITS["parity"]
+    monkeypatch.setattr(gate.time, "perf_counter", lambda: 1000.0 + gate.LIMIT - 7)
+    assert made.limit("parity") == 7
+    assert replace(made, device=torch.device("cpu")).limit("parity") == float("inf")
 
 
 def test_crash_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,112 @@
+"""Write the performance table of README.md from the newest results of a GPU.
+
+    python -m benchmarks.readme
+
+Between the two markers of README.md comes what `benchmarks.gate` measured: of the whole gates in
+`benchmarks/results/` that passed on a GPU, the one of the latest date. Where there is none, the
+block says so. `tests/test_readme.py` fails where README.md is not what this command would write.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import ROOT, markdown
+
+BEGIN, END = "<!-- performance: python -m benchmarks.readme -->\n", "<!-- /performance -->\n"
+NOT_MEASURED = """\
+**Not measured yet:** anything on a GPU. The kernels run in Triton's interpreter against the
+reference, and compile without spills for sm_80, sm_90, sm_100 and gfx942
+(`python -m benchmarks.static`). `python -m benchmarks.gate` runs tests, parity and timings on a GPU
+and writes `benchmarks/results/`.
+"""
+Result = dict[str, Any]
+
+
+def newest(folder: Path) -> Result | None:
+    """The latest whole gate of full size that passed on a GPU, its test suite included."""
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        report = json.loads(file.read_text())
+        if "stages" in report and report["environment"]["cuda"] and not report["quick"]:
+            found += [report] if report["passed"] and report["tested"] and report["whole"] else []
+    return max(found, key=lambda report: report["environment"]["date"], default=None)
+
+
+def lines(report: Result) -> Iterator[tuple[str, str, str, str, str]]:
+    """what, order or dtype, time, rate, of the ceiling"""
+    stages = report["stages"]
+    for row in stages["solve_times"]:
+        grid = "per channel" if row["group_size"] < 0 else f"groups of {row['group_size']}"
+        what = f"solve {'×'.join(map(str, row['shape']))}, {grid}"
+        yield what, row["order"], brief(row["triton"]), "", ""
+    for row in stages["hessian_times"]:
+        what = f"Hessian of {row['columns']} columns, {row['tokens or images']} {units(row)}"
+        yield what, row["dtype"], brief(row["triton"]), *rate(row)
+    for row in stages["model_times"]:
+        yield f"{row['model']}: {row['what']}", row["order"], brief(row["triton"]), *rate(row)
+
+
+def units(row: Result) -> str:
+    return "images" if "conv" in row["layer"] else "tokens"
+
+
+def rate(row: Result) -> tuple[str, str]:
+    if "TFLOP/s" not in row:
+        return "", ""
+    return f"{row['TFLOP/s']:.0f} TFLOP/s", f"{row['of matmul']:.0%} of matmul"
+
+
+def brief(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def block(report: Result | None) -> str:
+    """What stands between the markers."""
+    if report is None:
+        return NOT_MEASURED
+    where = report["environment"]
+    text = (
+        f"On one {where['device']} (commit {where['commit']}, torch {where['torch']}, triton "
+        f"{where['triton']}), 4 bits, medians. Solves are without the error of their result,\n"
+        "their Hessian given, factorization included. Ceilings were measured in the same run.\n\n"
+    )
+    text += markdown(("what", "order, dtype", "time", "rate", "of the ceiling"), lines(report))
+    obq = report["stages"]["obq_times"][-1]
+    if obq["shape"] == ["whole model"]:
+        text += (
+            f"\n\nResNet-50, all layers: {brief(obq['SAPQ'])} against {brief(obq['OBQ'])} of exact "
+            f"OBQ with delayed updates and {brief(obq['literal'])} of its literal form, both on\n"
+            f"sampled rows and scaled: {obq['OBQ / SAPQ']:.0f} and {obq['literal / SAPQ']:.0f} "
+            f"times as fast (the paper: {obq['paper']})."
+        )
+    most = max(row["of 3 H + 2 W"] for row in report["stages"]["memory"])
+    text += f" Peak extra memory of a solve: {most:.0%} of 3 Hessians and 2 weights at most.\n"
+    return text
+
+
+def rewritten(page: str, report: Result | None) -> str:
+    """ValueError where a marker is missing."""
+    before, found, rest = page.partition(BEGIN)
+    _, closed, after = rest.partition(END)
+    if not found or not closed:
+        raise ValueError(f"README.md needs the lines {BEGIN.strip()!r} and {END.strip()!r}")
+    return before + BEGIN + block(report) + END + after
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.readme", description=__doc__.split("\n")[0])
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    options = parser.parse_args(arguments)
+    report = newest(options.results)
+    options.readme.write_text(rewritten(options.readme.read_text(), report))
+    print(report["environment"]["device"] if report else "no results of a GPU")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
