@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
@@ -107,6 +107,17 @@ def input_rows(
     )
     unused = (1,) * (3 - axes)
     return inputs.reshape(*inputs.shape[:2], *unused, *inputs.shape[2:]), window
+
+
+def row_geometry(module: Layer) -> tuple[object, ...]:
+    """Equal for modules for which `input_rows` makes the same rows of the same input."""
+    groups, _, columns = weight_matrix(module).shape
+    if not isinstance(module, _ConvNd):
+        return groups, columns
+    return (
+        groups, columns, module.transposed, module.kernel_size, module.stride, module.padding,
+        module.padding_mode, module.output_padding, module.dilation,
+    )  # fmt: skip
 
 
 def _triple(values: tuple[int, ...]) -> Triple:

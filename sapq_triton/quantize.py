@@ -1,19 +1,17 @@
 """Quantize a model layer by layer: the one place that knows whole models.
 
-Two forward passes per batch. The first, of the untouched model, notes the order of execution and
-the moments that the BatchNorm correction needs. The second runs all batches in lockstep: each layer
-is solved on the outputs of the already quantized ones, and each BatchNorm and bias is corrected on
-the way.
+Two forward passes per batch. The first, of the untouched model, notes the order of execution, which
+layers get the same inputs, and the moments that the BatchNorm correction needs. The second runs all
+batches in lockstep: each layer is solved on the outputs of the already quantized ones, and each
+BatchNorm and bias is corrected on the way.
 """
 
-import fnmatch
 import inspect
 import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -31,33 +29,19 @@ from .ops import Backend, Precision, uses_triton
 from .report import LayerReport, Report
 from .solver import solve
 from .spec import Order, QuantSpec
+from .targets import (
+    InputTracker,
+    Solution,
+    Target,
+    VersionedRef,
+    find_leaders,
+    find_targets,
+    split_rows,
+)
 
 BatchNormRule = Literal["paired", "reestimate", "keep"]
 Forward = Callable[[nn.Module, Any], object]
 Station = tuple[Literal["solve", "norm"], str]
-
-
-@dataclass
-class _Target:
-    """A layer to be quantized, and what the first pass found out about it."""
-
-    name: str
-    module: Layer
-    kind: str
-    spec: QuantSpec
-    twins: list[str]  # names of layers that hold the same weight, this one first
-    notes: list[str] = field(default_factory=list)
-    repeated: bool = False  # runs more than once in a forward pass
-    solved: bool = False
-    total: HessianSum | None = None
-    seconds_hessian: float = 0.0
-
-    def hessian_sum(self, device: torch.device, dtype: torch.dtype) -> HessianSum:
-        """The running sum, made at the first call."""
-        if self.total is None:
-            groups, _, columns = layers.weight_matrix(self.module).shape
-            self.total = HessianSum(groups, columns, device, dtype)
-        return self.total
 
 
 def quantize(
@@ -105,6 +89,9 @@ def quantize(
     forward: called as forward(model, batch) instead of the rules above.
     progress: a bar, where tqdm is installed.
 
+    Layers that get the same tensor (query, key and value; gate and up) and have the same spec share
+    one Hessian and one order of columns: they are solved as one matrix with the rows of all.
+
     A group size that does not divide the columns of a layer becomes one group per row there. Layers
     that no batch reaches are rounded to nearest. Layers called several times in a forward pass, or
     sharing a weight, are solved once, on inputs of the full-precision model. All of this is noted
@@ -124,7 +111,7 @@ def quantize(
     batches = list(batches)
     if not batches:
         raise ValueError("batches is empty: calibration needs at least one batch")
-    targets, skipped = _targets(model, spec, list(skip), overrides)
+    targets, skipped = find_targets(model, spec, list(skip), overrides)
     if not targets:
         raise ValueError(f"no layer to quantize; left out: {skipped or 'none found'}")
     run = _Run(
@@ -177,51 +164,6 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def _targets(
-    model: nn.Module, spec: QuantSpec, skip: list[str], overrides: dict[str, QuantSpec]
-) -> tuple[dict[str, _Target], dict[str, str]]:
-    """Targets by name, and the reason for each layer that is left out."""
-    found = layers.find_layers(model)
-    for pattern in (*skip, *overrides):
-        if not fnmatch.filter(found, pattern):
-            raise ValueError(f"pattern {pattern!r} matches no layer; layers are {list(found)}")
-    holders: dict[int, list[str]] = {}  # names of all modules that hold a parameter
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append(name)
-    targets: dict[str, _Target] = {}
-    skipped: dict[str, str] = {}
-    for name, module in found.items():
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in skip):
-            skipped[name] = "as asked"
-        elif reason := layers.obstacle(module):
-            skipped[name] = reason
-    for name, module in found.items():
-        twins = holders.get(id(module._parameters.get("weight")), [name])
-        if name in skipped or any(twin in targets for twin in twins):
-            continue
-        others = [twin for twin in twins if twin not in found or twin in skipped]
-        if others or len({str(module) for module in map(found.get, twins)}) > 1:
-            skipped[name] = f"its weight is shared with {others or twins[1:]}"
-            continue
-        if not module.weight.isfinite().all():
-            raise ValueError(f"the weight of {name!r} holds NaN or Inf")
-        matching = [s for pattern, s in overrides.items() if fnmatch.fnmatchcase(name, pattern)]
-        target = _Target(name, module, str(layers.kind(module)), [spec, *matching][-1], twins)
-        columns = layers.weight_matrix(module).shape[2]
-        if target.spec.group_size > 0 and columns % target.spec.group_size:
-            target.notes.append(
-                f"group_size {target.spec.group_size} does not divide {columns} columns: "
-                "one group per row"
-            )
-            target.spec = replace(target.spec, group_size=-1)
-        if len(twins) > 1:
-            target.notes.append(f"weight shared with {', '.join(twins[1:])}")
-        targets[name] = target
-    return targets, skipped
-
-
 class _Run:
     """State of one call of `quantize`: what the first pass found, and what the second one did."""
 
@@ -229,7 +171,7 @@ class _Run:
         self,
         model: nn.Module,
         batches: Sequence[Any],
-        targets: dict[str, _Target],
+        targets: dict[str, Target],
         batchnorm: BatchNormRule,
         bias_correction: bool,
         hessian_dtype: torch.dtype,
@@ -256,18 +198,22 @@ class _Run:
         self.before: dict[Station, ChannelMoments] = {}  # of the full-precision model
         self.follower: dict[str, str] = {}  # layer -> BatchNorm that its output goes straight into
         self._visits: dict[Station, int] = {}
-        # name, output, and version of the output of the last layer: an activation in place leaves
-        # the same tensor with another version
-        self._latest: tuple[str, Tensor | None, int] = ("", None, 0)
-        self._pass = threading.local()  # mask of the batch that this thread runs
+        # the last layer and its output: an activation in place leaves the same tensor, changed
+        self._latest: tuple[str, VersionedRef | None] = ("", None)
+        # of the batch that this thread runs: its mask, and what each layer got, by name
+        self._pass = threading.local()
 
     def observe(self) -> None:
-        """First pass, of the untouched model: order of execution, repeated calls, means."""
-        hooks = [
-            self.modules[name].register_forward_hook(partial(self._saw_layer, name))
-            for target in self.targets.values()
-            for name in target.twins
-        ]
+        """First pass, of the untouched model: order of execution, repeats, shared inputs, means."""
+        inputs, hooks = InputTracker(), []
+        for name in (twin for target in self.targets.values() for twin in target.twins):
+            module = self.modules[name]
+            hooks += [
+                module.register_forward_pre_hook(
+                    partial(self._saw_input, inputs, name), with_kwargs=True
+                ),
+                module.register_forward_hook(partial(self._saw_layer, name)),
+            ]
         hooks += [
             module.register_forward_pre_hook(partial(self._saw_norm, name), with_kwargs=True)
             for name, module in self.norms.items()
@@ -275,12 +221,13 @@ class _Run:
         with _removed(hooks):
             for batch in self.batches:
                 self._visits = {}
+                inputs.start_batch()
                 self._run_batch(batch)
                 self._merge_sequence()
                 for station, count in self._visits.items():
                     self.repeats[station] = max(count, self.repeats.get(station, 0))
-        self._latest = ("", None, 0)
         self._sum_repeated()
+        find_leaders(self.targets, inputs.numbers)
 
     def _merge_sequence(self) -> None:
         """Stations that no batch before this one visited go behind the one visited just before."""
@@ -297,17 +244,22 @@ class _Run:
     def _visit(self, station: Station) -> None:
         self._visits[station] = self._visits.get(station, 0) + 1
 
+    def _saw_input(
+        self, inputs: InputTracker, name: str, module: Layer, args: Any, kwargs: Any
+    ) -> None:
+        inputs.add(name, layers.called_with(name, args, kwargs))
+
     def _saw_layer(self, name: str, module: Layer, args: Any, output: object) -> None:
         self._visit(("solve", name))
         if isinstance(output, Tensor):  # a subclass may return anything
-            self._latest = (name, output, output._version)
+            self._latest = (name, VersionedRef(output))
 
     def _saw_norm(self, name: str, module: Layer, args: Any, kwargs: Any) -> None:
         station: Station = ("norm", name)
         self._visit(station)
         inputs = layers.called_with(name, args, kwargs)
-        layer, output, version = self._latest
-        if inputs is output and inputs._version == version:
+        layer, output = self._latest
+        if output is not None and output.matches(inputs):
             self.follower[layer] = name
         self.before.setdefault(station, ChannelMoments()).add(inputs)
 
@@ -321,7 +273,7 @@ class _Run:
                 target.repeated = True
                 hooks += [
                     self.modules[twin].register_forward_pre_hook(
-                        partial(self._add_rows, target), with_kwargs=True
+                        partial(self._add_call, target), with_kwargs=True
                     )
                     for twin in target.twins
                 ]
@@ -356,10 +308,12 @@ class _Run:
                 self.kept[name] = f"called {count} times in a forward pass"
         with _removed(hooks):
             lockstep.run()
-        for target in self.targets.values():
-            if not target.solved:
-                target.notes.append("no calibration row reached it")
-                self._solve(target, advance)
+        missed = [target for target in self.targets.values() if not target.solved]
+        for target in missed:
+            target.leader, target.solution = None, None
+            target.notes.append("no calibration row reached it")
+        for target in missed:
+            self._solve(target, advance)
 
     def _corrects_norm(self, name: str) -> bool:
         """By the paired rule: what a second call sees depends on the correction of the first."""
@@ -373,7 +327,7 @@ class _Run:
     def _meet_layer(
         self,
         lockstep: Lockstep,
-        target: _Target,
+        target: Target,
         name: str,
         advance: Callable[[], None],
         module: Layer,
@@ -382,32 +336,55 @@ class _Run:
     ) -> None:
         if target.solved:
             return
-        if not target.repeated:
-            self._add_rows(target, module, args, kwargs)
+        inputs = layers.called_with(name, args, kwargs)
+        if target.leader is not None:
+            self._share_inputs(target, target.leader, inputs)
+        elif not target.repeated:
+            self._add_rows(target, inputs, self._pass.mask)
+            self._pass.inputs[name] = VersionedRef(inputs)
         lockstep.meet(("solve", name), partial(self._solve, target, advance))
 
-    def _add_rows(self, target: _Target, module: Layer, args: Any, kwargs: Any) -> None:
+    def _share_inputs(self, target: Target, leader: Target, inputs: Tensor) -> None:
+        """The rows are in the leader's Hessian, unless quantization changed the model's ways."""
+        target.calls.append((inputs, self._pass.mask))
+        met = self._pass.inputs.get(leader.name)
+        if met is None or not met.matches(inputs):
+            target.leader, target.solution = None, None
+            target.notes.append(f"once quantized, not on the inputs of {leader.name}: solved alone")
+            for call in target.calls:  # of other batches, which wait, and of this one
+                self._add_rows(target, *call)
+
+    def _add_call(self, target: Target, module: Layer, args: Any, kwargs: Any) -> None:
+        self._add_rows(target, layers.called_with(target.name, args, kwargs), self._pass.mask)
+
+    def _add_rows(self, target: Target, inputs: Tensor, mask: Tensor | None) -> None:
         started = time.perf_counter()
-        inputs = layers.called_with(target.name, args, kwargs).detach()
-        rows, window = layers.input_rows(module, inputs, self._pass.mask)
+        rows, window = layers.input_rows(target.module, inputs.detach(), mask)
         if not rows.isfinite().all():  # of the rows that count: padding tokens may hold anything
             raise ValueError(f"the input of {target.name!r} holds NaN or Inf during calibration")
         total = target.hessian_sum(rows.device, self.hessian_dtype)
         total.add(rows, window, self.options["precision"], self.options["backend"])
         target.seconds_hessian += time.perf_counter() - started
 
-    def _solve(self, target: _Target, advance: Callable[[], None]) -> None:
+    def _solve(self, target: Target, advance: Callable[[], None]) -> None:
+        """Solve a layer, unless its leader has brought the solution, and put that into effect."""
         if target.solved:  # by a twin that other batches reached first
             return
+        if target.solution is None:
+            self._solve_together(
+                [target, *(other for other in self.targets.values() if other.leader is target)]
+            )
+        solution, target.solution = target.solution, None
+        assert solution is not None
         started = time.perf_counter()
-        total = target.hessian_sum(target.module.weight.device, self.hessian_dtype)
-        weight = layers.weight_matrix(target.module)
-        result = solve(weight, total.hessian(), target.spec, **self.options)
+        result, report = solution.result, solution.result.report
         quantized = result.dequantize()
-        if total.rows:
-            self._correct_biases(target, weight.float() - quantized, total.mean())
+        if solution.rows:
+            lost = layers.weight_matrix(target.module).float() - quantized
+            self._correct_biases(target, lost, solution.mean)
         layers.store_weight(target.module, quantized)
-        report = result.report
+        if solution.others:
+            target.notes.append(f"solved together with {', '.join(solution.others)}: one Hessian")
         self.layers_done.append(
             LayerReport(
                 name=target.name,
@@ -420,19 +397,34 @@ class _Run:
                 zero_point=result.zero_point.cpu(),
                 error=float(report.error.sum()),
                 energy=float(report.energy.sum()),
-                rows=total.rows,
+                rows=solution.rows,
                 damp=float(report.damp.max()),
                 dead_columns=int(report.dead_columns.sum()),
                 fallbacks=int(report.fallback.sum()),
                 seconds_hessian=target.seconds_hessian,
-                seconds_solve=time.perf_counter() - started,
+                seconds_solve=solution.seconds + time.perf_counter() - started,
                 notes=tuple(target.notes),
             )
         )
-        target.solved, target.total = True, None
+        target.solved, target.calls = True, []
         advance()
 
-    def _correct_biases(self, target: _Target, lost: Tensor, mean: Tensor) -> None:
+    def _solve_together(self, targets: list[Target]) -> None:
+        """One solve on the Hessian of the first layer; each one finds its part in `solution`."""
+        started = time.perf_counter()
+        leader, names = targets[0], [target.name for target in targets]
+        total = leader.hessian_sum(leader.module.weight.device, self.hessian_dtype)
+        weights = [layers.weight_matrix(target.module) for target in targets]
+        rows = [weight.shape[1] for weight in weights]
+        result = solve(torch.cat(weights, 1), total.hessian(), leader.spec, **self.options)
+        seconds = (time.perf_counter() - started) / sum(rows)
+        for target, part in zip(targets, split_rows(result, rows), strict=True):
+            others = tuple(name for name in names if name != target.name)
+            each = seconds * part.codes.shape[1]
+            target.solution = Solution(part, total.mean(), total.rows, each, others)
+        leader.total = None
+
+    def _correct_biases(self, target: Target, lost: Tensor, mean: Tensor) -> None:
         """b += (W - Q) E[x]: lost W - Q [B, R, C], mean E[x] [B, C]
 
         Only what this layer's rounding changes, on the inputs it now has. Restoring the mean output
@@ -494,6 +486,7 @@ class _Run:
     def _run_batch(self, batch: Any) -> None:
         batch = _to_device(batch, self.device)
         mask = batch.get(self.mask_key) if isinstance(batch, Mapping) and self.mask_key else None
+        self._pass.inputs = {}
         self._pass.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self.forward(self.model, batch)
 

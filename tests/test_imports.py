@@ -65,7 +65,7 @@ def test_imports_point_inward(name: str) -> None:
 
 def test_targets_do_not_know_the_run() -> None:
     ours, others = imports(ROOT / "sapq_triton" / "targets.py")
-    assert ours <= {"hessian", "layers", "solver", "spec"}
+    assert ours <= {"hessian", "layers", "result", "spec"}
     assert packages(others) <= {"torch"}
 
 

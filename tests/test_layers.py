@@ -170,6 +170,59 @@ def test_stored_matrix_comes_back(factory: Factory, shape: tuple[int, ...]) -> N
     assert torch.equal(layers.weight_matrix(module), other)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+@pytest.mark.parametrize(("factory", "shape"), CASES)
+def test_equal_geometry_means_equal_rows(factory: Factory, shape: tuple[int, ...]) -> None:
+    module, inputs = factory(), torch.randn(shape)
+    rows, window = layers.input_rows(module, inputs)
+    for other_factory, other_shape in (case.values for case in CASES):
+        other = other_factory()
+        if other_shape != shape or type(other) is not type(module):
+            continue
+        other_rows, other_window = layers.input_rows(other, inputs)
+        same = window == other_window and torch.equal(rows, other_rows)
+        assert same or layers.row_geometry(module) != layers.row_geometry(other)
+
+
+CONV = partial(nn.Conv2d, 4, 6, 3)
+TRANSPOSED = partial(nn.ConvTranspose2d, 4, 6, 3, stride=2)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        pytest.param(lambda: nn.Linear(6, 5), lambda: nn.Linear(6, 9), True, id="linear"),
+        pytest.param(lambda: nn.Linear(5, 5), gpt2_layer, True, id="gpt2"),
+        pytest.param(lambda: nn.Linear(6, 5), lambda: nn.Linear(7, 5), False, id="columns"),
+        pytest.param(CONV, lambda: nn.Conv2d(4, 9, 3, bias=False), True, id="convolution"),
+        pytest.param(CONV, lambda: CONV(stride=2), False, id="stride"),
+        pytest.param(CONV, lambda: CONV(padding=1), False, id="padding"),
+        pytest.param(CONV, lambda: CONV(dilation=2), False, id="dilation"),
+        pytest.param(CONV, lambda: CONV(groups=2), False, id="groups"),
+        pytest.param(lambda: CONV(groups=2), lambda: CONV(groups=2), True, id="equal-groups"),
+        pytest.param(
+            lambda: CONV(padding=1),
+            lambda: CONV(padding=1, padding_mode="reflect"),
+            False,
+            id="padding-mode",
+        ),
+        pytest.param(
+            lambda: nn.Conv2d(4, 6, (1, 9)), lambda: nn.Conv2d(4, 6, (9, 1)), False, id="kernel"
+        ),
+        pytest.param(
+            lambda: nn.Linear(4, 6), lambda: nn.Conv2d(4, 6, 1), False, id="linear-or-pointwise"
+        ),
+        pytest.param(
+            lambda: nn.Conv2d(4, 6, 1), lambda: nn.ConvTranspose2d(4, 6, 1), False, id="transposed"
+        ),
+        pytest.param(TRANSPOSED, TRANSPOSED, True, id="both-transposed"),
+        pytest.param(TRANSPOSED, lambda: TRANSPOSED(output_padding=1), False, id="output-padding"),
+    ],
+)
+def test_row_geometry(one: Factory, other: Factory, equal: bool) -> None:
+    assert (layers.row_geometry(one()) == layers.row_geometry(other())) == equal
+
+
 @torch.no_grad()
 def test_layers_in_channels_last() -> None:
     module = nn.Conv2d(4, 6, 3, groups=2, padding=1, bias=False).double()

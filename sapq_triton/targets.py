@@ -1,0 +1,180 @@
+"""Which layers of a model are to be quantized, and which of them get the same inputs."""
+
+import fnmatch
+import itertools
+import weakref
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import layers
+from .hessian import HessianSum
+from .layers import Layer
+from .result import SolveResult
+from .spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Of one layer, which may have been solved together with `others`.
+
+    mean: the mean input row, [B, C]. rows: calibration rows. seconds: its part of the solve.
+    """
+
+    result: SolveResult
+    mean: Tensor
+    rows: int
+    seconds: float
+    others: tuple[str, ...]
+
+
+def split_rows(result: SolveResult, rows: list[int]) -> list[SolveResult]:
+    """Results of the layers that were solved as one matrix, [B, sum of rows, C].
+
+    In memory of their own: whoever keeps the codes of one layer keeps no other's.
+    """
+    report = result.report
+    solved: tuple[Any, ...] = (
+        result.codes, result.scale, result.zero_point, report.row_error, report.row_energy
+    )  # fmt: skip
+    return [
+        replace(
+            result,
+            codes=codes,
+            scale=scale,
+            zero_point=zero_point,
+            report=replace(report, row_error=error, row_energy=energy),
+        )
+        for codes, scale, zero_point, error, energy in zip(
+            *([part.clone() for part in tensor.split(rows, 1)] for tensor in solved), strict=True
+        )
+    ]
+
+
+@dataclass(eq=False)
+class Target:
+    """A layer to be quantized, and what the run has found out about it."""
+
+    name: str
+    module: Layer
+    kind: str
+    spec: QuantSpec
+    twins: list[str]  # names of layers that hold the same weight, this one first
+    notes: list[str] = field(default_factory=list)
+    repeated: bool = False  # runs more than once in a forward pass
+    leader: "Target | None" = None  # the first layer that gets the same inputs as this one
+    calls: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)  # inputs, masks
+    total: HessianSum | None = None
+    solution: Solution | None = None
+    solved: bool = False
+    seconds_hessian: float = 0.0
+
+    def hessian_sum(self, device: torch.device, dtype: torch.dtype) -> HessianSum:
+        """The running sum, made at the first call."""
+        if self.total is None:
+            groups, _, columns = layers.weight_matrix(self.module).shape
+            self.total = HessianSum(groups, columns, device, dtype)
+        return self.total
+
+
+def find_targets(
+    model: nn.Module, spec: QuantSpec, skip: list[str], overrides: dict[str, QuantSpec]
+) -> tuple[dict[str, Target], dict[str, str]]:
+    """Targets by name, and the reason for each layer that is left out."""
+    found = layers.find_layers(model)
+    for pattern in (*skip, *overrides):
+        if not fnmatch.filter(found, pattern):
+            raise ValueError(f"pattern {pattern!r} matches no layer; layers are {list(found)}")
+    holders: dict[int, list[str]] = {}  # names of all modules that hold a parameter
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(name)
+    targets: dict[str, Target] = {}
+    skipped: dict[str, str] = {}
+    for name, module in found.items():
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in skip):
+            skipped[name] = "as asked"
+        elif reason := layers.obstacle(module):
+            skipped[name] = reason
+    for name, module in found.items():
+        twins = holders.get(id(module._parameters.get("weight")), [name])
+        if name in skipped or any(twin in targets for twin in twins):
+            continue
+        others = [twin for twin in twins if twin not in found or twin in skipped]
+        if others or len({str(module) for module in map(found.get, twins)}) > 1:
+            skipped[name] = f"its weight is shared with {others or twins[1:]}"
+            continue
+        if not module.weight.isfinite().all():
+            raise ValueError(f"the weight of {name!r} holds NaN or Inf")
+        matching = [s for pattern, s in overrides.items() if fnmatch.fnmatchcase(name, pattern)]
+        target = Target(name, module, str(layers.kind(module)), [spec, *matching][-1], twins)
+        columns = layers.weight_matrix(module).shape[2]
+        if target.spec.group_size > 0 and columns % target.spec.group_size:
+            target.notes.append(
+                f"group_size {target.spec.group_size} does not divide {columns} columns: "
+                "one group per row"
+            )
+            target.spec = replace(target.spec, group_size=-1)
+        if len(twins) > 1:
+            target.notes.append(f"weight shared with {', '.join(twins[1:])}")
+        targets[name] = target
+    return targets, skipped
+
+
+class VersionedRef:
+    """A tensor as it was at one moment, by a weak reference: its memory is not kept.
+
+    The version of a tensor counts its changes in place, also those of its views, but not those
+    through `.data` or NumPy.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._version = None if tensor.is_inference() else tensor._version
+
+    def matches(self, tensor: Tensor) -> bool:
+        """Whether this is the same tensor, alive and unchanged ever since."""
+        counted = self._version is not None  # an inference tensor does not count its changes
+        return counted and self._tensor() is tensor and self._version == tensor._version
+
+
+class InputTracker:
+    """Numbers the inputs of layers: equal numbers for the same tensor, unchanged, in one batch.
+
+    numbers: of each layer by name, in the order of execution, those of all its inputs.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, list[int]] = {}
+        self._fresh = itertools.count()
+        self._batch: dict[int, tuple[VersionedRef, int]] = {}
+
+    def start_batch(self) -> None:
+        self._batch = {}
+
+    def add(self, name: str, inputs: Tensor) -> None:
+        known = self._batch.get(id(inputs))
+        # an id may be that of a tensor that is gone; a subclass may be more than its elements
+        if known is None or not known[0].matches(inputs) or type(inputs) is not Tensor:
+            known = self._batch[id(inputs)] = VersionedRef(inputs), next(self._fresh)
+        self.numbers.setdefault(name, []).append(known[1])
+
+
+def find_leaders(targets: Mapping[str, Target], numbers: Mapping[str, list[int]]) -> None:
+    """Set the leader of each layer that gets all its inputs, and no others, after another layer.
+
+    Both make the same rows of them, have the same spec and device, and run once in a forward pass.
+    """
+    first: dict[Hashable, Target] = {}
+    for name, seen in numbers.items():
+        target = targets.get(name)
+        if target is None or target.repeated or len(target.twins) > 1:
+            continue
+        geometry = layers.row_geometry(target.module)
+        key = (*seen,), geometry, target.spec, target.module.weight.device
+        leader = first.setdefault(key, target)
+        target.leader = None if leader is target else leader
