@@ -419,7 +419,7 @@ class _Run:
         result = solve(torch.cat(weights, 1), total.hessian(), leader.spec, **self.options)
         seconds = (time.perf_counter() - started) / sum(rows)
         for target, part in zip(targets, split_rows(result, rows), strict=True):
-            others = tuple(name for name in names if name != target.name)
+            others = tuple(names[1:] if target is leader else names[:1])
             each = seconds * part.codes.shape[1]
             target.solution = Solution(part, total.mean(), total.rows, each, others)
         leader.total = None

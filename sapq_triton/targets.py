@@ -19,8 +19,9 @@ from .spec import QuantSpec
 
 @dataclass(frozen=True)
 class Solution:
-    """Of one layer, which may have been solved together with `others`.
+    """Of one layer, which may have been solved together with others.
 
+    others: names of a leader's companions, or of a companion's leader alone: many may share one.
     mean: the mean input row, [B, C]. rows: calibration rows. seconds: its part of the solve.
     """
 
