@@ -6,6 +6,8 @@ its family. Nothing is chosen at run time, so the same inputs give the same sums
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +16,10 @@ import torch
 PATH = Path(__file__).with_suffix(".json")
 DEFAULT = "default"
 
-Table = dict[str, dict[str, dict[str, int]]]
+Entry = dict[str, int]
+Table = dict[str, dict[str, Entry]]
+
+_tried: dict[str, Entry] = {}  # before every family
 
 
 @cache
@@ -33,10 +38,25 @@ def family(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def parameters(kernel: str, device: torch.device, variant: str = "") -> dict[str, int]:
-    """Block sizes and options of a launch, as keywords; "kernel variant" where the table has it."""
+@contextmanager
+def override(name: str, entry: Entry) -> Iterator[None]:
+    """Within the block `name` ("kernel" or "kernel variant") is launched so, on every device."""
+    before = dict(_tried)
+    _tried[name] = entry
+    try:
+        yield
+    finally:
+        _tried.clear()
+        _tried.update(before)
+
+
+def parameters(kernel: str, device: torch.device, variant: str = "") -> Entry:
+    """Block sizes and options of a launch, as keywords; "kernel variant" where the table has it.
+
+    ValueError for a kernel without an entry.
+    """
     for name in (f"{kernel} {variant}", kernel):
-        for entries in (table().get(family(device), {}), table()[DEFAULT]):
+        for entries in (_tried, table().get(family(device), {}), table()[DEFAULT]):
             if name in entries:
                 return entries[name]
     raise ValueError(f"{PATH.name} has no entry for {kernel!r}, not even under {DEFAULT!r}")
