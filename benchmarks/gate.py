@@ -113,7 +113,9 @@ PRECISIONS: dict[Precision, tuple[float, float]] = {
     "tf32": (3, 0.05),
 }
 REFERENCE_ELEMENTS, REFERENCE_COLUMNS = 2**20, 4608  # the reference path is timed up to these
-SAME_MODEL = 0.03  # relative difference of mean layer errors of one network quantized twice
+# relative difference of mean layer errors of one network quantized twice: inputs changed by 1e-6
+# moved that of EfficientNet-Lite0 by 1e-3, and 6 % of its predictions
+SAME_MODEL = 0.01
 
 Result = dict[str, Any]  # one row of a table; "ok" tells whether it is right
 

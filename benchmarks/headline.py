@@ -36,6 +36,7 @@ from benchmarks.measure import ROOT, environment, interleaved, markdown
 from benchmarks.obq import SPEC as OBQ_SPEC
 from benchmarks.obq import Problem, Row, Setting, in_place, literal_obq, measure, settings
 from benchmarks.shapes import Layer, counted, efficientnet_lite0, resnet50, yolov5s
+from sapq_triton.obq import MEMORY
 
 MODELS: dict[str, Callable[[], tuple[Layer, ...]]] = {
     "ResNet-50": resnet50,
@@ -107,8 +108,9 @@ def shapes(
 
 
 def any_setting(made: Problem) -> Setting:
-    """Good enough where no time is to be spent on finding the fastest."""
-    return Setting(len(made.weight), 64)
+    """Good enough where no time is to be spent on finding the fastest: a chunk of `solve_obq`."""
+    N, C = made.weight.shape
+    return Setting(max(1, min(N, MEMORY // (4 * C * C))), 64)
 
 
 def as_released(inverse: Tensor, row: Tensor, share: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Time calls side by side on one device, beside what that device can do at best."""
 
+import gc
 import platform
 import subprocess
 import time
@@ -114,6 +115,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     operator are seen, those of NumPy are not.
     """
     call()  # compiled kernels and workspaces of libraries come once
+    gc.collect()  # what is freed during the second call would hide as much of what it takes
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

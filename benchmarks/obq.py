@@ -49,6 +49,7 @@ CHECK_BYTES = 2e10  # memory that the literal form may move where it is compared
 LITERAL_BYTES = {"cpu": 4e9, "cuda": 4e11}  # and where it is timed
 LITERAL_ROWS = {"cpu": 64, "cuda": 256}  # at a time: more are no faster by row
 LITERAL_STEPS = 32  # at least
+CHECK_ROWS = 8
 CHECK_STEPS = 4 * 10**10  # elements of inverses that OBQ may update where its setting is checked
 
 
@@ -244,11 +245,12 @@ def check_setting(made: Problem, setting: Setting) -> None:
     """OBQ as it is timed must be as good as in float64.
 
     Greedy choices that differ at a close call differ ever after. At 128x1152 nine rows of twelve
-    choose the same codes, the others move by up to 27 % either way: so one row at least must agree
-    to 5 %, and all together to 40 %.
+    choose the same codes, the others move by up to 27 % either way: so of `CHECK_ROWS` rows one at
+    least must agree to 5 %, and all together to 40 %. Fewer, of many columns, may all have met a
+    close call.
     """
     R, C = made.weight.shape
-    rows = torch.arange(min(R, 8, max(2, CHECK_STEPS // C**3)))
+    rows = torch.arange(min(R, CHECK_ROWS, max(2, CHECK_STEPS // C**3)))
     fresh = made._replace(inverse=shared_inverse(made.hessian))
     expected = fresh.obq(rows, Setting(len(rows), 32), torch.float64, "reference")
     actual = made.obq(rows, setting)
@@ -257,7 +259,8 @@ def check_setting(made: Problem, setting: Setting) -> None:
         for i, row in enumerate(rows.split(1))
     ]
     together = made.error(actual, rows) / made.error(expected, rows)
-    if min(abs(ratio - 1) for ratio in ratios) > 0.05 or not 1 / 1.4 < together < 1.4:
+    one_agrees = min(abs(ratio - 1) for ratio in ratios) <= 0.05 or len(rows) < CHECK_ROWS
+    if not one_agrees or not 1 / 1.4 < together < 1.4:
         raise AssertionError(
             f"OBQ with {setting} has {together:.4g} times the error of float64; by row {ratios}"
         )
