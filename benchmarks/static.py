@@ -439,7 +439,7 @@ def measurements(
 
 def line(cost: Cost, *cells: object) -> str:
     name = f"{cost.kernel} {cost.variant}".strip()
-    return f"{name:39}{cost.target:8}{cost.configuration:8}" + "".join(f"{c:>10}" for c in cells)
+    return f"{name:40}{cost.target:8}{cost.configuration:8}" + "".join(f"{c:>10}" for c in cells)
 
 
 def row(cost: Cost) -> str:
@@ -500,7 +500,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         print(f"not compiled, no such target here: {', '.join(sorted(unknown))}")
     heads = "registers", "spills", "shared", "programs", "instr.", "step"
-    print(f"{'kernel':39}{'target':8}{'launch':8}" + "".join(f"{head:>10}" for head in heads))
+    print(f"{'kernel':40}{'target':8}{'launch':8}" + "".join(f"{head:>10}" for head in heads))
     costs = []
     for cost in measurements(options.kernels, targets, options.skip, options.short):
         costs.append(cost)
@@ -508,7 +508,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     estimated = [cost for cost in costs if cost.estimate]
     if estimated:
         print("\nESTIMATED, not measured, per column; see the docstring of benchmarks/static.py")
-        print(" " * 55 + "".join(f"{head:>10}" for head in estimated[0].estimate))
+        print(" " * 56 + "".join(f"{head:>10}" for head in estimated[0].estimate))
         print(*(line(cost, *cost.estimate.values()) for cost in estimated), sep="\n")
     wrong = [f"spills registers to memory: {row(cost)}" for cost in costs if cost.spills]
     if options.short:

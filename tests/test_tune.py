@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,8 @@ def test_every_case_counts(device: torch.device, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", tune.JOBS)
 def test_every_candidate_is_right(name: str, device: torch.device) -> None:
     job = tune.JOBS[name]
+    if name.endswith("16-bit"):  # the interpreter multiplies the bit patterns of bfloat16
+        job = replace(job, cases=partial(tune.accumulate_hessian, torch.float16))
     with tune.products(job.precision):
         cases = list(job.cases(tune.TINY, device))
         assert [x for x in job.candidates if tune.failure(name, x, cases)] == []
