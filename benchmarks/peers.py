@@ -220,7 +220,7 @@ def solvers(device: torch.device) -> tuple[dict[str, Solver], dict[str, str]]:
 
 @dataclass(frozen=True)
 class Row:
-    """agreement: codes that are ours in the same order. memory: bytes beyond the arguments, on a GPU."""
+    """agreement: share of codes that are ours in the same order. memory: extra bytes, on a GPU."""
 
     solver: str
     order: Order
