@@ -36,6 +36,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -492,23 +493,26 @@ class Gate:
         if not (ROOT / "benchmarks" / "peers.py").exists():
             yield {"skipped": "there is no benchmarks/peers.py", "ok": True}
             return
-        file = self.peers_in / "peers.json"
         path = [self.peers_in, *sorted(self.peers_in.glob("*.whl"))]
         before = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
         command = [sys.executable, "-m", "benchmarks.peers", "--device", self.device.type]
-        command += ["--json", str(file), "--group-size", "128"]
+        command += ["--group-size", "128"]
         command += ["--commit", self.commit] if self.commit else []
         command += ["--quick"] if self.sizes is not FULL else []
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            timeout=None if self.device.type == "cpu" else self.limit("peers"),
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, path), *before])},
-        )  # fmt: skip
-        if done.returncode:
-            print(done.stdout, file=sys.stderr)
-            yield {"status": done.returncode, "last": done.stdout[-300:], "ok": False}
-            return
-        for row in json.loads(file.read_text())["rows"]:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "peers.json")
+            done = subprocess.run(
+                [*command, "--json", str(file)], cwd=ROOT, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True,
+                timeout=None if self.device.type == "cpu" else self.limit("peers"),
+                env=os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, path), *before])},
+            )  # fmt: skip
+            if done.returncode:
+                print(done.stdout, file=sys.stderr)
+                yield {"status": done.returncode, "last": done.stdout[-300:], "ok": False}
+                return
+            rows = json.loads(file.read_text())["rows"]
+        for row in rows:
             ratios = {f"/ ours {order}": ratio for order, ratio in row.pop("ratios", {}).items()}
             yield {**row, **ratios, "ok": True}
 
