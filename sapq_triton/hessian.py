@@ -71,21 +71,22 @@ def revive(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return revived, count
 
 
-def damped(hessian: Tensor, damp: float, columns: Tensor | None = None) -> Tensor:
-    """H + damp mean(diag H) I, in another order of `columns` [B, T] if given; a copy.
+def damped(hessian: Tensor, damp: float) -> Tensor:
+    """H + damp mean(diag H) I; [B, C, C], a copy"""
+    return _add_ridge(hessian.clone(), hessian, damp)
 
-    hessian [B, C, C]  ->  [B, C, C] or [B, T, T]
-    """
-    ridge = damp * hessian.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
-    out = hessian.clone() if columns is None else permuted(hessian, columns)
-    out.diagonal(dim1=1, dim2=2).add_(ridge)
+
+def _add_ridge(out: Tensor, hessian: Tensor, damp: float) -> Tensor:
+    """out + damp mean(diag H) I, in place"""
+    out.diagonal(dim1=1, dim2=2).add_(damp * hessian.diagonal(dim1=1, dim2=2).mean(1, keepdim=True))
     return out
 
 
 def permuted(matrix: Tensor, columns: Tensor) -> Tensor:
     """matrix[columns, columns] per problem: [B, C, C], int64 [B, T]  ->  [B, T, T]"""
-    each = torch.arange(len(matrix), device=matrix.device)[:, None, None]
-    return matrix[each, columns[:, :, None], columns[:, None, :]]
+    each = torch.arange(len(matrix), device=matrix.device)[:, None]
+    rows = matrix[each, columns]  # whole rows are copied fast
+    return rows.gather(2, columns[:, None, :].expand(-1, columns.shape[1], -1))
 
 
 def _cholesky_(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,10 +109,8 @@ def feedback_factor(
     hessian [B, C, C]  ->  [B, C, C], solved bool [B]. One factorization: with rows and columns
     reversed, the lower Cholesky factor of H is M sqrt(D) read backwards.
     """
-    B, C, _ = hessian.shape
-    if columns is None:
-        columns = torch.arange(C, device=hessian.device).expand(B, C)
-    lower, solved = _cholesky_(damped(hessian, damp, columns.flip(1)))
+    backwards = hessian.flip((1, 2)) if columns is None else permuted(hessian, columns.flip(1))
+    lower, solved = _cholesky_(_add_ridge(backwards, hessian, damp))
     lower /= lower.diagonal(dim1=1, dim2=2)[:, None, :].clone()
     return lower.flip((1, 2)), solved
 

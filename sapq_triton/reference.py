@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .window import Window
 
-SUB_TILE = 64  # columns of `solve_columns` between two matrix products
+LEAF = 16  # columns that `solve_columns` does not halve again
 PATCH_ELEMENTS = 2**20  # unfolded inputs of a convolution held at a time
 
 
@@ -139,22 +139,30 @@ def solve_columns(
     f, w, e, *rest = (t[0].numpy() if B == 1 else t.numpy() for t in tensors)
     lines = (t if B == 1 else t.swapaxes(0, 1) for t in (w, e, *rest))
     columns = list(zip(*(t if len(t) == C else repeat(t[0], C) for t in lines), strict=True))
+
+    def solve(start: int, end: int) -> None:
+        """The left half, its errors into the right half as one product, the right half."""
+        if end - start > LEAF:
+            middle = start + (end - start) // 2
+            solve(start, middle)
+            w[..., middle:end, :] += f[..., middle:end, start:middle] @ e[..., start:middle, :]
+            solve(middle, end)
+            return
+        for k in range(start, end):
+            w_k, error_k, target_k, scale_k, low, high = columns[k]
+            if B == 1:
+                w_k += f[k, start:k] @ e[start:k]
+            else:
+                w_k += (f[:, k : k + 1, start:k] @ e[:, start:k])[:, 0]
+            np.divide(w_k, scale_k, w_k)
+            np.rint(w_k, w_k)
+            np.maximum(w_k, low, out=w_k)
+            np.minimum(w_k, high, out=w_k)
+            np.multiply(w_k, scale_k, error_k)
+            np.subtract(target_k, error_k, error_k)
+
     with np.errstate(all="ignore"):  # what overflows is seen in the error
-        for start in range(0, C, SUB_TILE):
-            end = min(start + SUB_TILE, C)
-            w[..., start:end, :] += f[..., start:end, :start] @ e[..., :start, :]
-            for k in range(start, end):
-                w_k, error_k, target_k, scale_k, low, high = columns[k]
-                if B == 1:
-                    w_k += f[k, start:k] @ e[start:k]
-                else:
-                    w_k += (f[:, k : k + 1, start:k] @ e[:, start:k])[:, 0]
-                np.divide(w_k, scale_k, w_k)
-                np.rint(w_k, w_k)
-                np.maximum(w_k, low, out=w_k)
-                np.minimum(w_k, high, out=w_k)
-                np.multiply(w_k, scale_k, error_k)
-                np.subtract(target_k, error_k, error_k)
+        solve(0, C)
     codes = (work + z).to(torch.uint8)
     return codes.mT.to(weight.device), error.mT.to(weight.device)
 

@@ -154,10 +154,8 @@ def _check(
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     if (diagonal < 0).any():
         raise ValueError(f"hessian has a negative diagonal ({diagonal.min().item()}): not X^T X")
-    if (
-        not torch.equal(hessian, hessian.mT)
-        and (skew := (hessian - hessian.mT).abs_().amax()) > 1e-3 * diagonal.amax()
-    ):
+    skew = _skew(hessian)
+    if skew > 1e-3 * diagonal.amax():
         raise ValueError(f"hessian must be symmetric, but H - H^T reaches {skew.item():.3g}")
     if order not in get_args(Order):
         raise ValueError(f"order must be one of {get_args(Order)}, got {order!r}")
@@ -168,6 +166,23 @@ def _check(
     if isinstance(damp, bool) or not isinstance(damp, int | float) or not 0 <= damp < float("inf"):
         raise ValueError(f"damp must be a finite number, not negative, got {damp!r}")
     spec.columns_per_group(columns)
+
+
+def _skew(matrix: Tensor) -> Tensor:
+    """max |H - H^T|, a pair of blocks at a time: a transposed block stays in a CPU's cache."""
+    C = matrix.shape[-1]
+    step = 256 if matrix.device.type == "cpu" else C
+    blocks = [slice(start, start + step) for start in range(0, C, step)]
+    return torch.stack([
+        (matrix[..., i, j] - matrix[..., j, i].mT).abs_().amax()
+        for number, i in enumerate(blocks)
+        for j in blocks[: number + 1]
+    ]).amax()  # fmt: skip
+
+
+def _finite(matrix: Tensor) -> Tensor:
+    """Whether all elements are, by their sum, which float64 holds: [B, ...]  ->  bool [B]"""
+    return matrix.flatten(1).sum(1, dtype=torch.float64).isfinite()
 
 
 def _grid(
@@ -295,14 +310,14 @@ def _solve_static(
     """One factorization, then the error-feedback loop over all columns in a fixed order."""
     B, R, C = weight.shape
     columns, ranked = static_order(order, weight, hessian, damp, scale, zero_point, qmax, backend)
-    feedback, solved = feedback_factor(hessian, damp, columns)
+    feedback, solved = feedback_factor(hessian, damp, None if order == "natural" else columns)
     index = columns[:, :, None].expand(B, C, R)
     w = weight.mT.gather(1, index).mT  # rows innermost: a column of all rows is contiguous
     group = columns // (C // scale.shape[2])
     codes, error = ops.solve_columns(
         w, w, feedback.float(), scale, zero_point, group, qmax, precision, backend
     )
-    solved = solved & ranked & error.flatten(1).isfinite().all(1)
+    solved = solved & ranked & _finite(error.mT)
     return torch.empty_like(codes.mT).scatter_(1, index, codes.mT).mT, columns, solved
 
 
@@ -352,7 +367,7 @@ def _solve_reranked(
             ahead = now.mT.baddbmm(curvature.tril(-1).mT, error.mT).mT
             code, error = ops.solve_columns(now, ahead, curvature, *grid, precision, backend)
         codes[:, tile] = code.mT
-        solved = solved & (info == 0) & error.flatten(1).isfinite().all(1)
+        solved = solved & (info == 0) & _finite(error.mT)
         if end < C:
             rows = root.mT @ a[:, tile, behind]
             cost = ops.compensate(
