@@ -2,12 +2,14 @@
 
     python -m benchmarks.obq --json obq.json
 
-SAPQ      sapq_triton.solve(order="sensitivity"), whole: grid search, checks and report included.
-OBQ       sapq_triton's exact OBQ with delayed updates, without grid search, checks and report.
-          Timed on a sample of rows and scaled linearly to all of them; the inverse of the Hessian,
-          which the rows share at the start, is computed and counted once. Rows at a time and block
-          are the fastest of those tried, for each number of columns. The small problems of a
-          grouped convolution are solved all at once, their rows having inverses of their own.
+Both round to the same given grid, and neither measures its error in that time.
+
+SAPQ      sapq_triton.solve(order="sensitivity"), its checks of arguments included.
+OBQ       sapq_triton's exact OBQ with delayed updates, without these checks. Timed on a sample of
+          rows and scaled linearly to all of them; the inverse of the Hessian, which the rows share
+          at the start, is computed and counted once. Rows at a time and block are the fastest of
+          those tried, for each number of columns. The small problems of a grouped convolution are
+          solved all at once, their rows having inverses of their own.
 literal   the same algorithm as published: after each weight a rank-one update of the inverse of
           every row. Timed on fewer rows and on its first steps, all of which cost the same, and
           scaled linearly to all.
@@ -167,8 +169,13 @@ class Problem(NamedTuple):
         return matrices[(group // (len(self.weight) // self.groups))[rows]]
 
     def sapq(self, backend: Backend = "auto") -> SolveResult:
-        weight = self.weight.unflatten(0, (self.groups, -1))
-        return solve(weight, self.hessian, SPEC, damp=DAMP, backend=backend)
+        weight, scale, zero_point = (
+            t.unflatten(0, (self.groups, -1)) for t in (self.weight, self.scale, self.zero_point)
+        )
+        return solve(
+            weight, self.hessian, SPEC, damp=DAMP, scale=scale, zero_point=zero_point,
+            measure=False, backend=backend,
+        )  # fmt: skip
 
     def obq(
         self,

@@ -75,6 +75,7 @@ RESULTS = Path(__file__).parent / "results" / "static.json"
 SHORT = ("sm_90", "gfx942")
 GROWTH = 1.1  # of a column step over the committed one
 COLUMNS = 4096  # of the layer of the estimate, as in the cases below
+TILE = 128  # columns of a tile of the re-ranked order
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,11 @@ def column_sensitivity(module: ModuleType) -> None:
 
 
 def solve_columns(module: ModuleType, columns: int, groups: int, precision: str) -> None:
-    weight = meta(1, columns, 4096).mT
-    module.solve_columns(
-        weight, weight, meta(1, columns, columns), *grid_of(4096, groups, 1, columns), 15, precision
-    )
+    weight, feedback = meta(1, columns, 4096).mT, meta(1, columns, columns)
+    if columns > TILE:
+        feedback = feedback.mT  # as the factor of a whole layer lies in memory
+    grid = grid_of(4096, groups, 1, columns)
+    module.solve_columns(weight, weight, feedback, *grid, 15, precision)
 
 
 def compensate(module: ModuleType, precision: str) -> None:
@@ -200,6 +202,8 @@ CASES: dict[str, dict[str, Callable[[ModuleType, str], None]]] = {
     },
     "column_sensitivity": {"": lambda module, _: column_sensitivity(module)},
     "solve_columns": {
+        "tile": lambda module, precision: solve_columns(module, TILE, 32, precision),
+        "tile one group": lambda module, precision: solve_columns(module, TILE, 1, precision),
         "groups": lambda module, precision: solve_columns(module, COLUMNS, 32, precision),
         "one group": lambda module, precision: solve_columns(module, COLUMNS, 1, precision),
         "groups ieee": lambda module, _: solve_columns(module, COLUMNS, 32, "ieee"),

@@ -6,7 +6,7 @@ arguments may be float32 or float64; nothing here checks its arguments (`ops` do
 """
 
 import math
-from itertools import repeat
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from .window import Window
 
 LEAF = 16  # columns that `solve_columns` does not halve again
+COST_ELEMENTS = 2**16  # weights whose rounding is tried at a time
 PATCH_ELEMENTS = 2**20  # unfolded inputs of a convolution held at a time
 
 
@@ -101,8 +102,13 @@ def column_sensitivity(
 def _rounding_cost(
     weight: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, qmax: int
 ) -> Tensor:
-    s, z = per_column(scale, group), per_column(zero_point, group)
-    return to_code(weight, s, z, qmax).sub_(z).mul_(s).sub_(weight).square_().sum(1)
+    B, R, _ = weight.shape
+    step = max(1, COST_ELEMENTS // (B * R))
+    parts = []
+    for w, g in zip(weight.split(step, 2), group.split(step, 1), strict=True):
+        s, z = per_column(scale, g), per_column(zero_point, g)
+        parts.append(to_code(w, s, z, qmax).sub_(z).mul_(s).sub_(w).square_().sum(1))
+    return torch.cat(parts, 1)
 
 
 def solve_columns(
@@ -127,44 +133,61 @@ def solve_columns(
     With H = M D M^T, M unit upper triangular, feedback M, and running = weight this is the
     error-feedback form of GPTQ (LDLQ; Chee et al. 2023, arXiv 2307.13304, theorem 6).
     """
-    B, _, C = weight.shape
-    work = _columns(running)  # w', then code - zero_point
-    if work.data_ptr() == running.data_ptr():
-        work = work.clone()
-    error = torch.empty_like(work)
-    s, z = (_columns(per_column(grid, group)) for grid in (scale, zero_point))
+    B, R, C = weight.shape
+    error = _columns(running)  # w' of a column until its error takes that place
+    if error.data_ptr() == running.data_ptr():
+        error = error.clone()
+    codes = torch.empty(error.shape, dtype=torch.uint8)
     # a column at a time in NumPy, whose calls cost a fraction of PyTorch's; a batch of one without
     # its axis, which would cost a third of the time
-    tensors = (_columns(feedback), work, error, _columns(weight), s, -z, qmax - z)
-    f, w, e, *rest = (t[0].numpy() if B == 1 else t.numpy() for t in tensors)
-    lines = (t if B == 1 else t.swapaxes(0, 1) for t in (w, e, *rest))
-    columns = list(zip(*(t if len(t) == C else repeat(t[0], C) for t in lines), strict=True))
-
-    def solve(start: int, end: int) -> None:
-        """The left half, its errors into the right half as one product, the right half."""
-        if end - start > LEAF:
-            middle = start + (end - start) // 2
-            solve(start, middle)
-            w[..., middle:end, :] += f[..., middle:end, start:middle] @ e[..., start:middle, :]
-            solve(middle, end)
-            return
-        for k in range(start, end):
-            w_k, error_k, target_k, scale_k, low, high = columns[k]
-            if B == 1:
-                w_k += f[k, start:k] @ e[start:k]
-            else:
-                w_k += (f[:, k : k + 1, start:k] @ e[:, start:k])[:, 0]
-            np.divide(w_k, scale_k, w_k)
-            np.rint(w_k, w_k)
-            np.maximum(w_k, low, out=w_k)
-            np.minimum(w_k, high, out=w_k)
-            np.multiply(w_k, scale_k, error_k)
-            np.subtract(target_k, error_k, error_k)
+    tensors = (_columns(feedback), codes, error, _columns(weight), error.new_empty(B, LEAF, R))
+    f, code, e, w, steps = (t[0].numpy() if B == 1 else t.numpy() for t in tensors)
+    errors, targets, step_of = (t if B == 1 else t.swapaxes(0, 1) for t in (e, w, steps))
+    s, z = _columns(scale).numpy(), _columns(zero_point).numpy()  # [B, G, R]
+    grids = s, z, -z, qmax - z
+    g = group.cpu().numpy()
+    one_grid = [grid[0, 0] if B == 1 else grid[:, 0] for grid in grids]
+    each = np.arange(B)
+    value = np.empty_like(errors[0])
 
     with np.errstate(all="ignore"):  # what overflows is seen in the error
-        solve(0, C)
-    codes = (work + z).to(torch.uint8)
+        for start, middle, end in _halves(0, C):
+            if middle > start:
+                e[..., middle:end, :] += f[..., middle:end, start:middle] @ e[..., start:middle, :]
+                continue
+            for k in range(start, end):
+                error_k, step = errors[k], step_of[k - start]
+                if B == 1:
+                    error_k += f[k, start:k] @ e[start:k]
+                else:
+                    error_k += (f[:, k : k + 1, start:k] @ e[:, start:k])[:, 0]
+                if s.shape[1] == 1:
+                    scale_k, zero_k, low, high = one_grid
+                elif B == 1:
+                    scale_k, zero_k, low, high = (grid[0, g[0, k]] for grid in grids)
+                else:
+                    scale_k, zero_k, low, high = (grid[each, g[:, k]] for grid in grids)
+                np.divide(error_k, scale_k, step)
+                np.rint(step, step)
+                np.maximum(step, low, out=step)
+                np.minimum(step, high, out=step)  # code - zero_point
+                np.multiply(step, scale_k, value)
+                np.subtract(targets[k], value, error_k)
+                np.add(step, zero_k, step)
+            code[..., start:end, :] = steps[..., : end - start, :]
     return codes.mT.to(weight.device), error.mT.to(weight.device)
+
+
+def _halves(start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """How to go through columns: (start, start, end) are few enough to be taken one by one, and
+    before the right half (start, middle, end) hands the left half's errors on, as one product."""
+    if end - start <= LEAF:
+        yield start, start, end
+        return
+    middle = start + (end - start) // 2
+    yield from _halves(start, middle)
+    yield start, middle, end
+    yield from _halves(middle, end)
 
 
 def _columns(matrix: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .spec import Order, QuantSpec
 
-MEASURED_ELEMENTS = 2**22  # of the weight, whose errors are measured at a time
+MEASURED_ELEMENTS = 2**17  # of the weight, whose errors are measured at a time; more if C is large
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class SolveResult:
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """codes [..., R, C], scale, zero_point [..., R, G]  ->  (codes - zero_point) * scale"""
     grouped = codes.float().unflatten(-1, (scale.shape[-1], -1))  # [..., R, G, C / G]
-    return ((grouped - zero_point[..., None]) * scale[..., None]).flatten(-2)
+    return grouped.sub_(zero_point[..., None]).mul_(scale[..., None]).flatten(-2)
 
 
 def layer_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
@@ -84,7 +84,8 @@ def layer_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
 
 def row_errors(weight: Tensor, hessian: Tensor, quantized: Tensor | None = None) -> Tensor:
     """e H e^T of each row e of W - Q, or W, float64: [..., R, C], [..., C, C]  ->  [..., R]"""
-    step = max(1, MEASURED_ELEMENTS // weight.shape[-1])
+    columns = weight.shape[-1]
+    step = max(1, max(MEASURED_ELEMENTS, columns**2 // 8) // columns)  # rows at a time
     parts = []
     for start in range(0, weight.shape[-2], step):
         rows = (..., slice(start, start + step), slice(None))

@@ -181,8 +181,9 @@ def _skew(matrix: Tensor) -> Tensor:
 
 
 def _finite(matrix: Tensor) -> Tensor:
-    """Whether all elements are, by their sum, which float64 holds: [B, ...]  ->  bool [B]"""
-    return matrix.flatten(1).sum(1, dtype=torch.float64).isfinite()
+    """Whether all elements are: [B, ...]  ->  bool [B], without a copy"""
+    low, high = matrix.flatten(1).aminmax(dim=1)
+    return low.isfinite() & high.isfinite()
 
 
 def _grid(

@@ -39,7 +39,7 @@ def test_peak_memory_sees_inside_operators(device: torch.device) -> None:
 @pytest.mark.parametrize("measure", [True, False], ids=["measured", "solver alone"])
 @pytest.mark.parametrize("group_size", [-1, 128])
 @pytest.mark.parametrize("order", ["activation", "sensitivity-static", "sensitivity"])
-@pytest.mark.parametrize("R, C", [(256, 1024)])
+@pytest.mark.parametrize("R, C", [(256, 1024), (1024, 512), (1536, 512)])
 def test_solve_keeps_to_its_memory(
     R: int, C: int, order: Order, group_size: int, measure: bool, device: torch.device
 ) -> None:
