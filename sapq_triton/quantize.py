@@ -77,9 +77,10 @@ def quantize(
     spec: the grid; overrides: glob pattern of layer names -> another spec, the last match wins.
     skip: glob patterns of layer names that are left as they are.
     order, block, sweeps, damp, precision, backend: as in `solve`.
-    batchnorm: "paired" adds to each BatchNorm's statistics the change that quantization caused on
-        the calibration data (running_mean += mean_q - mean_fp, running_var *= var_q / var_fp);
-        "reestimate" resets and estimates them anew; "keep" leaves them.
+    batchnorm: "paired" changes the statistics of each BatchNorm as much as quantization changed
+        its input on the calibration data, so that its output there has the mean and variance that
+        it had: with s = sqrt(var_q / var_fp), running_mean = mean_q + s (running_mean - mean_fp)
+        and running_var *= s^2. "reestimate" resets and estimates them anew; "keep" leaves them.
     bias_correction: add (W - Q) E[x] to each bias, E[x] the mean input row of the calibration, so
         that rounding a layer does not shift its mean output (arXiv 1906.04721, 4.2); where no
         BatchNorm that is corrected or re-estimated follows.
@@ -458,11 +459,13 @@ class _Run:
         before = self.before["norm", name]
         shift = torch.zeros(1)
         if before.mean is not None and now.mean is not None:
-            shift = now.mean - before.mean
-            module.running_mean += shift.to(module.running_mean)
             # a channel that was constant, or has become so, has no scale to correct
             usable = (before.variance > 0) & (now.variance > 0)
             ratio = torch.where(usable, now.variance / before.variance, 1.0)
+            old = module.running_mean.double()
+            mean = now.mean + (old - before.mean) * ratio.sqrt()
+            shift = mean - old
+            module.running_mean.copy_(mean)
             module.running_var *= ratio.to(module.running_var)
         self.corrected[name] = float(shift.abs().max())
 

@@ -128,11 +128,13 @@ def test_paired_batchnorm_restores_the_moments_of_its_output(bias: bool) -> None
         assert not torch.allclose(now, was, rtol=0.01, atol=0.01)
 
 
-def test_paired_batchnorm_adds_the_change_of_its_input() -> None:
+def test_paired_batchnorm_keeps_mean_and_variance_of_its_output() -> None:
     """Also where the running statistics are those of other data."""
     model, data = ConvNet().double(), images().split(5)
     original = copy.deepcopy(model)
     report = quantize(model, data, SPEC)
+    original.eval()
+    model.eval()
     for name in ("norm1", "norm2", "norm3"):
         (was_var, was), (now_var, now) = (
             torch.var_mean(torch.cat(inputs_of(m, name, data)), (0, 2, 3), correction=0)
@@ -141,12 +143,25 @@ def test_paired_batchnorm_adds_the_change_of_its_input() -> None:
         before, after = original.get_submodule(name), model.get_submodule(name)
         assert isinstance(before, nn.BatchNorm2d) and isinstance(after, nn.BatchNorm2d)
         assert before.running_mean is not None and before.running_var is not None
-        torch.testing.assert_close(after.running_mean, before.running_mean + now - was, **CLOSE)
+        scale = (now_var / was_var).sqrt()
+        expected = now + (before.running_mean - was) * scale
+        torch.testing.assert_close(after.running_mean, expected, **CLOSE)
         torch.testing.assert_close(
-            after.running_var, before.running_var * now_var / was_var, **CLOSE
+            after.running_var + after.eps, before.running_var * scale**2 + after.eps, **CLOSE
         )
-        assert report.corrected[name] == pytest.approx(float((now - was).abs().max()), abs=1e-6)
+        shift = float((after.running_mean - before.running_mean).abs().max())
+        assert report.corrected[name] == pytest.approx(shift, abs=1e-6)
         assert report.corrected[name] > 1e-3
+        # what all that is for; eps keeps it from being exact
+        (out_was_var, out_was), (out_var, out) = (
+            torch.var_mean(torch.cat(outputs), (0, 2, 3))
+            for outputs in (
+                [norm(x) for x in inputs_of(m, name, data)]
+                for m, norm in ((original, before), (model, after))
+            )
+        )
+        torch.testing.assert_close(out, out_was, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out_var, out_was_var, rtol=1e-4, atol=1e-4)
 
 
 def test_channels_without_variance_are_safe() -> None:
@@ -173,8 +188,12 @@ def test_batchnorm_of_rows() -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)).double()
     original, data = copy.deepcopy(model), torch.randn(40, 6).double().split(15)
     report = quantize(model, data, SPEC)
-    was, now = (torch.cat(inputs_of(m, "1", data)).mean(0) for m in (original, model))
-    torch.testing.assert_close(model[1].running_mean, now - was, **CLOSE)
+    (was_var, was), (now_var, now) = (
+        torch.var_mean(torch.cat(inputs_of(m, "1", data)), 0, correction=0)
+        for m in (original, model)
+    )
+    expected = now - was * (now_var / was_var).sqrt()
+    torch.testing.assert_close(model[1].running_mean, expected, **CLOSE)
     assert set(report.corrected) == {"1", "3"}
 
 

@@ -173,8 +173,9 @@ def by_hand(
                 torch.var_mean(torch.cat(inputs_of(m, name, batches)), (0, 2, 3), correction=0)
                 for m in (original, model)
             )
-            module.running_mean += now - was
-            module.running_var *= now_var / was_var
+            scale = (now_var / was_var).sqrt()
+            module.running_mean += now - was + (module.running_mean - was) * (scale - 1)
+            module.running_var *= scale**2
     return codes
 
 
