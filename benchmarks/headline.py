@@ -5,7 +5,9 @@
 Whole-model seconds: every distinct shape of ResNet-50, YOLOv5s and EfficientNet-Lite0 (depthwise
 convolutions), measured as in `benchmarks.obq` and taken as often as it occurs, Hessians given.
 
-SAPQ      whole solves: grid search, checks and report included.
+SAPQ and OBQ round to one given grid, and neither measures its error in that time.
+
+SAPQ      checks of its arguments included.
 OBQ       exact, with delayed updates: the fastest form that we know. Sampled rows, scaled.
 literal   exact, as published: a rank-one update of each row's inverse after each weight. Sampled
           rows and first steps, scaled; copying the inverses, which comes once, is up to 3 % of it.
