@@ -149,11 +149,17 @@ def solve_columns(
     one_grid = [grid[0, 0] if B == 1 else grid[:, 0] for grid in grids]
     each = np.arange(B)
     value = np.empty_like(errors[0])
+    # NumPy's threads and PyTorch's would wait for each other: its products only where both have one
+    one_thread = torch.get_num_threads() == 1
 
     with np.errstate(all="ignore"):  # what overflows is seen in the error
         for start, middle, end in _halves(0, C):
+            left, right = slice(start, middle), slice(middle, end)
             if middle > start:
-                e[..., middle:end, :] += f[..., middle:end, start:middle] @ e[..., start:middle, :]
+                if one_thread:
+                    e[..., right, :] += f[..., right, left] @ e[..., left, :]
+                else:
+                    error[:, right].baddbmm_(tensors[0][:, right, left], error[:, left])
                 continue
             for k in range(start, end):
                 error_k, step = errors[k], step_of[k - start]

@@ -120,3 +120,18 @@ def test_group_picks_the_grid_of_a_column(device: torch.device) -> None:
     )
     assert codes.tolist() == [[[4, 3, 7, 4]]]  # 1.5 is a tie
     assert error.tolist() == [[[-1.0, 0.0, 0.0, -1.0]]]
+
+
+@pytest.mark.parametrize("B, R, C, G", [(1, 40, 70, 4), (2, 9, 53, 1)])
+def test_reference_on_several_threads(B: int, R: int, C: int, G: int, device: torch.device) -> None:
+    """Where PyTorch has more than one thread, it multiplies instead of NumPy."""
+    arguments = dyadic(B, R, C, G, device)
+    expected = reference.solve_columns(*arguments, 15)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        actual = reference.solve_columns(*arguments, 15)
+    finally:
+        torch.set_num_threads(threads)
+    assert threads == 1
+    assert_same(actual, expected)
