@@ -186,6 +186,20 @@ def _finite(matrix: Tensor) -> Tensor:
     return low.isfinite() & high.isfinite()
 
 
+def _snapped(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The nearest positive numbers of `scale_dtype`, as float32"""
+    dtype: torch.dtype = getattr(torch, spec.scale_dtype)
+    if dtype == torch.float32:
+        return scale
+    limits = torch.finfo(dtype)
+    if (scale > limits.max).any():
+        raise ValueError(
+            f"scales reach {scale.max().item():.3g}, beyond {spec.scale_dtype}; "
+            "choose another scale_dtype"
+        )
+    return scale.to(dtype).clamp_(min=limits.smallest_normal * limits.eps).float()
+
+
 def _grid(
     weight: Tensor,
     spec: QuantSpec,
@@ -204,7 +218,7 @@ def _grid(
         )
         if not scale.isfinite().all():
             raise ValueError("weight spans more than float32 can hold; scale it down")
-        return scale, zero_point
+        return _snapped(scale, spec), zero_point
     if zero_point is None:
         if not spec.symmetric:
             raise ValueError("an asymmetric spec with an external scale needs a zero_point")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 ScaleSearch = Literal["absmax", "mse"]
+ScaleDtype = Literal["float32", "float16", "bfloat16"]
 Order = Literal[
     "sensitivity", "sensitivity-static", "activation", "min-pivot", "natural", "obq", "nearest"
 ]
@@ -23,12 +24,15 @@ class QuantSpec:
     column order; -1 is one group per row (per output channel). symmetric: the zero point is the
     middle code, 2**(bits - 1). scale_search: "absmax" spans the whole range of the group, "mse"
     shrinks it to the fraction (1.00, 0.99, ..., 0.21) of least squared rounding error.
+    scale_dtype: scales are rounded to it before the first column is quantized, so that a file that
+    stores them so changes nothing: "float16" for GPTQ files.
     """
 
     bits: int = 4
     group_size: int = -1
     symmetric: bool = False
     scale_search: ScaleSearch = "mse"
+    scale_dtype: ScaleDtype = "float32"
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
@@ -44,6 +48,10 @@ class QuantSpec:
         if self.scale_search not in get_args(ScaleSearch):
             raise ValueError(
                 f"scale_search must be one of {get_args(ScaleSearch)}, got {self.scale_search!r}"
+            )
+        if self.scale_dtype not in get_args(ScaleDtype):
+            raise ValueError(
+                f"scale_dtype must be one of {get_args(ScaleDtype)}, got {self.scale_dtype!r}"
             )
 
     @property

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "order": {"ops", "spec", "hessian"},
     "obq": {"ops", "tile"},
     "result": {"spec"},
+    "packing": set(),
     "solver": {"spec", "result", "reference", "ops", "tile", "order", "hessian", "obq"},
 }
 

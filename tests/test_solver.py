@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sapq_triton import QuantSpec, SolveResult, dequantize, layer_error, ops, solve
-from sapq_triton.spec import Order
+from sapq_triton.spec import Order, ScaleDtype
 from sapq_triton.tile import bring_both_forward, bring_forward, to_front
 
 ORDERS = tuple(order for order in get_args(Order) if order != "nearest")
@@ -918,3 +918,27 @@ def test_errors_are_measured_only_if_asked_for() -> None:
     torch.testing.assert_close(row_error.sum(), measured.report.error)
     expected = layer_error(weight, measured.dequantize(), hessian)
     torch.testing.assert_close(measured.report.error, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_scales_are_rounded_before_the_first_column(order: Order, dtype: ScaleDtype) -> None:
+    """The codes are those of an external grid that was rounded so."""
+    weight, hessian = problem(5, 12)
+    exact = solve(weight, hessian, QuantSpec(3, 6), order=order)
+    rounded = exact.scale.to(getattr(torch, dtype)).float()
+    assert not rounded.equal(exact.scale)
+    actual = solve(weight, hessian, QuantSpec(3, 6, scale_dtype=dtype), order=order)
+    assert_same(actual.scale, rounded)
+    grid = {"scale": rounded, "zero_point": exact.zero_point}
+    expected = solve(weight, hessian, QuantSpec(3, 6), order=order, **grid)
+    assert_same(actual.codes, expected.codes)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_scale_that_float16_would_round_to_zero(order: Order) -> None:
+    weight, hessian = problem(5, 12)
+    spec = QuantSpec(4, scale_dtype="float16")
+    result = solve(weight * 1e-9, hessian, spec, order=order)
+    assert_same(result.scale, torch.full((5, 1), 2.0**-24))
+    assert result.dequantize().isfinite().all()

@@ -87,6 +87,10 @@ SOLVE: dict[str, tuple[dict[str, Any], str]] = {  # arguments that differ from a
         {"weight": torch.tensor([[3e38, -3e38, 0, 0, 0, 0]])},
         "weight spans more than float32 can hold",
     ),
+    "span-float16": (
+        {"weight": WEIGHT * 1e9, "spec": QuantSpec(2, scale_dtype="float16")},
+        r"scales reach .* beyond float16; choose another scale_dtype",
+    ),
     "negative-diagonal": (
         {"hessian": changed(HESSIAN, -2.0, 2, 2)},
         r"negative diagonal \(-2\.0\)",

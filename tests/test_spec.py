@@ -34,6 +34,12 @@ REFUSED = [  # arguments, message
     pytest.param(
         {"scale_search": ["mse"]}, r"scale_search must be .* got \['mse'\]", id="search-list"
     ),
+    pytest.param(
+        {"scale_dtype": "float64"},
+        r"scale_dtype must be one of \('float32', 'float16', 'bfloat16'\), got 'float64'",
+        id="scale-float64",
+    ),
+    pytest.param({"scale_dtype": None}, r"scale_dtype must be .* got None", id="scale-none"),
 ]
 
 
