@@ -1,6 +1,6 @@
 """Codes as a stream of bits in int32 words: the layout that GPTQ and compressed-tensors share.
 
-Code i of a row lies at bit i * bits, counted from the lowest bit of the row's first word; codes of 3,
+Code i of a row lies at bit i * bits, counted from the lowest bit of the first word; codes of 3,
 5, 6 and 7 bits straddle words. Plain PyTorch, which torch.compile and torch.export can follow.
 """
 
@@ -24,7 +24,7 @@ def period(bits: int) -> tuple[int, int]:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [..., n]  ->  int32 [..., words(n, bits)]; bits of the last word that are left over are 0.
+    """uint8 [..., n]  ->  int32 [..., words(n, bits)]; bits left over at its end are 0
 
     ValueError for codes that do not fit.
     """
