@@ -5,6 +5,7 @@ groups, and a row is the patch under one window position. A transposed convoluti
 one over its input with zeros between the elements, by the mirrored window.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ def obstacle(module: nn.Module) -> str | None:
     """Why a layer of a known kind still cannot be quantized; None where it can."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it"
+    if "qweight" in module._buffers:
+        return "it is packed already"
     weight = module._parameters.get("weight")
     if parametrize.is_parametrized(module) or weight is None:
         return "its weight is computed from other parameters"
@@ -62,19 +65,30 @@ def weight_matrix(module: Layer) -> Tensor:
     return (weight.mT if kind(module) == "Conv1D" else weight)[None]
 
 
+def matrix_shape(module: Layer) -> tuple[int, int, int]:
+    """That of `weight_matrix`, by the module's attributes: its weight may be packed."""
+    if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
+        columns = module.in_channels // module.groups * math.prod(module.kernel_size)
+        return module.groups, module.out_channels // module.groups, columns
+    if kind(module) == "Conv1D":
+        return 1, module.nf, len(module.weight)
+    return 1, module.out_features, module.in_features
+
+
+def as_weight(module: Layer, matrix: Tensor) -> Tensor:
+    """The inverse of `weight_matrix`: [groups, R, C] in the shape of the weight."""
+    if isinstance(module, _ConvTransposeNd):
+        split = matrix.unflatten(2, (-1, *module.kernel_size))  # [G, out / G, in / G, *size]
+        return split.flip(tuple(range(3, split.ndim))).transpose(1, 2).flatten(0, 1)
+    if isinstance(module, CONVOLUTIONS):
+        return matrix.flatten(0, 1).unflatten(1, (-1, *module.kernel_size))
+    return matrix[0].mT if kind(module) == "Conv1D" else matrix[0]
+
+
 @torch.no_grad()
 def store_weight(module: Layer, matrix: Tensor) -> None:
-    """The inverse of `weight_matrix`, in place, in the dtype of the weight."""
-    weight = module.weight
-    if isinstance(module, _ConvTransposeNd):
-        groups, size = module.groups, weight.shape[2:]
-        split = matrix.unflatten(2, (-1, *size)).transpose(1, 2)  # [G, in / G, out / G, *size]
-        weight.copy_(split.flip(tuple(range(3, split.ndim))).flatten(0, 1))
-        assert len(matrix) == groups
-    elif kind(module) == "Conv1D":
-        weight.copy_(matrix[0].mT)
-    else:
-        weight.copy_(matrix.reshape(weight.shape))
+    """Put a matrix as of `weight_matrix` into the weight, in place, in its dtype."""
+    module.weight.copy_(as_weight(module, matrix))
 
 
 def called_with(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from . import layers
+from . import layers, packed
 from .calibrate import ChannelMoments, Lockstep
 from .hessian import HessianSum
 from .layers import Layer
@@ -62,6 +62,7 @@ def quantize(
     hessian_dtype: torch.dtype = torch.float32,
     attention_mask: str | None = "attention_mask",
     forward: Forward | None = None,
+    pack: bool = False,
     progress: bool = True,
 ) -> Report:
     """Quantize the weights of a model in place; codes and grids are in the report.
@@ -88,6 +89,9 @@ def quantize(
     attention_mask: key of a dict batch; tokens where it is 0 count neither in the Hessians nor in
         the means of layers whose input has its shape. None: every token counts.
     forward: called as forward(model, batch) instead of the rules above.
+    pack: turn each layer into one that holds its codes in place of its weight (`packed`), in place:
+        the outputs stay, memory falls. Layers that share a weight share the codes. A layer whose
+        class is not PyTorch's own keeps its dequantized weight, with a note in its report.
     progress: a bar, where tqdm is installed.
 
     Layers that get the same tensor (query, key and value; gate and up) and have the same spec share
@@ -115,6 +119,10 @@ def quantize(
     targets, skipped = find_targets(model, spec, list(skip), overrides)
     if not targets:
         raise ValueError(f"no layer to quantize; left out: {skipped or 'none found'}")
+    if pack:
+        for target in targets.values():
+            if reason := packed.obstacle(target.module):
+                target.notes.append(f"not packed: {reason}")
     run = _Run(
         model, batches, targets, batchnorm, bias_correction, hessian_dtype, attention_mask,
         forward or _call, options,
@@ -124,6 +132,8 @@ def quantize(
         run.solve_all(advance)
         if batchnorm == "reestimate":
             run.reestimate()
+        if pack:
+            run.pack()
     skipped |= run.kept
     return Report(tuple(run.layers_done), skipped, run.corrected, time.perf_counter() - started)
 
@@ -485,6 +495,22 @@ class _Run:
                 norm.momentum, mean = old[name]
                 self.corrected[name] = float((norm.running_mean - mean).abs().max())
                 norm.eval()
+
+    def pack(self) -> None:
+        """Codes in place of weights; all of them are made before the first layer is changed."""
+        made = []
+        for layer in self.layers_done:
+            twins = [self.modules[name] for name in self.targets[layer.name].twins]
+            if not packed.obstacle(twins[0]):
+                device = twins[0].weight.device
+                codes, scale, zero_point = (
+                    tensor.to(device) for tensor in (layer.codes, layer.scale, layer.zero_point)
+                )
+                tensors = packed.pack_weight(codes, scale, zero_point, layer.spec)
+                made.append((twins, layer.spec, tensors))
+        for twins, spec, tensors in made:
+            for twin in twins:
+                packed.to_packed(twin, spec, tensors)
 
     def _run_batch(self, batch: Any) -> None:
         batch = _to_device(batch, self.device)

@@ -70,6 +70,12 @@ def test_targets_do_not_know_the_run() -> None:
     assert packages(others) <= {"torch"}
 
 
+def test_packed_layers_do_not_know_whole_models() -> None:
+    ours, others = imports(ROOT / "sapq_triton" / "packed.py")
+    assert ours <= {"layers", "ops", "packing", "result", "spec"}
+    assert packages(others) <= {"torch"}
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("sapq_triton/*.py")), ids=lambda p: p.stem)
 def test_own_modules_are_imported_relatively(path: Path) -> None:
     """An absolute import of ours may find another installation, and escapes the tests above."""
