@@ -1,0 +1,299 @@
+"""Folders of safetensors: replaced as a whole or not at all, read with every tensor accounted for.
+
+Nothing here knows what the tensors mean. Tensors are read from safetensors only: unpickling a file
+can run whatever it says.
+"""
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MANIFEST = "sapq.json"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MANIFEST_VERSION = 1
+RENAME_EXCHANGE = 2  # linux/fs.h
+
+
+def optional(name: str) -> Any:
+    """A package of the extra `hf`, imported when it is needed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        raise ModuleNotFoundError(
+            f"{missing.name} is not installed: pip install 'sapq-triton[hf]'", name=missing.name
+        ) from missing
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of `folder` if nothing is raised.
+
+    Until then `folder` stays as it is; afterwards everything is on the disk. Only a folder that is
+    empty, or holds nothing but what its own manifest lists, is replaced: ValueError for others, and
+    while another process writes to the same place. What a killed process leaves behind is a hidden
+    `.<name>.partial` beside the target, which the next one removes.
+    """
+    folder = folder.resolve()
+    refuse_foreign(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    partial.mkdir(exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)  # a lock ends with its process, however that ends
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is being written by another process") from None
+        try:
+            _empty(partial)
+            yield partial
+            for path in (*partial.iterdir(), partial):
+                _sync(path)
+            _swap(partial, folder)
+            _sync(folder.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # half a new folder, or the old one
+    finally:
+        os.close(lock)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """ValueError where replacing `folder` would lose files that no save wrote."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file, not a folder")
+    present = {path.name for path in folder.iterdir()}
+    foreign = sorted(present - set(read_manifest(folder).get("files", {})) - {MANIFEST})
+    if foreign:
+        raise ValueError(
+            f"{folder} holds {', '.join(foreign[:3])}{' and more' if foreign[3:] else ''}, which "
+            "would be lost: choose a new folder, or one that an earlier save wrote"
+        )
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put `new` at `target`, in one step; a folder that was there is at `new` afterwards."""
+    if not target.exists():
+        os.rename(new, target)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    here = ctypes.c_int(-100)  # AT_FDCWD
+    paths = os.fsencode(new), os.fsencode(target)
+    if libc.renameat2(here, paths[0], here, paths[1], ctypes.c_uint(RENAME_EXCHANGE)) == 0:
+        return
+    code = ctypes.get_errno()
+    if code not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(code, os.strerror(code), str(target))
+    # a file system that cannot exchange: two steps, the first of which is taken back on failure
+    old = target.with_name(f".{target.name}.old")
+    os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    os.rename(old, new)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Of the bytes as safetensors stores them."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """ValueError for what is not a JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `save` noted about a folder; empty for a folder of someone else's."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return {}
+    manifest = read_json(path)
+    if manifest.get("version") != MANIFEST_VERSION:
+        raise ValueError(
+            f"{path} has version {manifest.get('version')!r}; this program reads {MANIFEST_VERSION}"
+        )
+    for key in ("files", "tensors", "layers"):
+        if not isinstance(manifest.get(key), dict):
+            raise ValueError(f"{path} must list its {key}, got {manifest.get(key)!r}")
+    return manifest
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str) -> None:
+    """As model.safetensors, or in shards with an index, as huggingface_hub splits them."""
+    hub, safetensors = optional("huggingface_hub"), optional("safetensors.torch")
+    split = hub.split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: _owned(tensors[name]) for name in names}
+        safetensors.save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / INDEX, index)
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, and all of its memory: what safetensors can write."""
+    tensor = tensor.detach().cpu().contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of a folder, read one by one. ValueError for files that are damaged.
+
+    files: of each tensor. shapes, dtypes: as the headers of the files have them.
+    """
+
+    folder: Path
+    files: Mapping[str, str] = field(repr=False)
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    dtypes: Mapping[str, str] = field(repr=False)
+
+    @classmethod
+    def of(cls, folder: Path) -> "Tensors":
+        files: dict[str, str] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        dtypes: dict[str, str] = {}
+        promised = _weight_map(folder)
+        for file in dict.fromkeys(promised.values()) if promised else [WEIGHTS]:
+            with _opened(folder / file) as opened:
+                for name in opened.keys():  # noqa: SIM118  (not a dict)
+                    if promised and promised.get(name) != file:
+                        raise ValueError(f"{folder / file}: {INDEX} does not list {name!r} there")
+                    part = opened.get_slice(name)
+                    files[name], shapes[name] = file, tuple(part.get_shape())
+                    dtypes[name] = part.get_dtype()
+        for name, file in promised.items():
+            if name not in files:
+                raise ValueError(f"{folder / file}: tensor {name!r} of {INDEX} is missing")
+        return cls(folder, files, shapes, dtypes)
+
+    def where(self, name: str) -> str:
+        """For messages: the file and the tensor."""
+        return f"{self.folder / self.files.get(name, WEIGHTS)}: tensor {name!r}"
+
+    @property
+    def bytes(self) -> int:
+        """Size of the files."""
+        return sum((self.folder / file).stat().st_size for file in set(self.files.values()))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def take(self, name: str, shape: tuple[int, ...], dtypes: Iterable[torch.dtype] = ()) -> Tensor:
+        """On the CPU. ValueError for another shape, or a dtype that is not one of `dtypes`."""
+        if name not in self:
+            raise ValueError(f"{self.where(name)} is missing")
+        if self.shapes[name] != shape:
+            raise ValueError(
+                f"{self.where(name)} must be {list(shape)}, got {list(self.shapes[name])}"
+            )
+        with _opened(self.folder / self.files[name]) as opened:
+            tensor: Tensor = opened.get_tensor(name)
+        legal = list(dtypes)
+        if legal and tensor.dtype not in legal:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in legal)
+            raise ValueError(f"{self.where(name)} must be {names}, got {tensor.dtype}")
+        return tensor
+
+    def check(self, manifest: Mapping[str, Any]) -> None:
+        """ValueError where a file is not the one that the manifest of its folder describes."""
+        for file, digest in manifest.get("files", {}).items():
+            path = self.folder / file
+            if not path.is_file():
+                raise ValueError(f"{path} is missing")
+            if sha256(path) == digest:
+                continue
+            changed = [
+                name
+                for name, digest in manifest["tensors"].items()
+                if self.files.get(name) == file
+                and tensor_sha256(self.take(name, self.shapes[name])) != digest
+            ]
+            which = f": tensor {', '.join(map(repr, changed[:3]))}" if changed else ""
+            raise ValueError(f"{path} has changed since it was saved (sha256){which}")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor to file, of an index; empty where there is none."""
+    if not (folder / INDEX).exists():
+        if not (folder / WEIGHTS).exists():
+            others = sorted(path.name for path in folder.glob("*.bin"))
+            hint = f"; {others[0]} is not read, as unpickling can run code" if others else ""
+            raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}{hint}")
+        return {}
+    promised = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(promised, dict) or not promised:
+        raise ValueError(f"{folder / INDEX} has no weight_map")
+    for name, file in promised.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(
+                f"{folder / INDEX}: {name!r} must lie in a file of this folder, got {file!r}"
+            )
+    return promised
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    safetensors = optional("safetensors")
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    try:
+        with safetensors.safe_open(path, framework="pt") as opened:
+            yield opened
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None

@@ -1,0 +1,207 @@
+"""Read a folder, ours or another program's, into a model."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import layers, packed
+from ..packed import PackedWeight, to_packed
+from .compressed_tensors import CompressedTensors
+from .folder import CONFIG, Tensors, optional, read_json, read_manifest
+from .gptq import GPTQ
+from .layer import LINEAR, Format, Outline
+from .sapq import Sapq
+
+ALL: tuple[Format, ...] = (
+    Sapq(), GPTQ("gptq", 1), GPTQ("gptq_v2", 0), CompressedTensors()
+)  # fmt: skip
+FORMATS = tuple(known.name for known in ALL)
+
+
+def find_format(name: object) -> Format:
+    for known in ALL:
+        if known.name == name:
+            return known
+    raise ValueError(f"format must be one of {FORMATS}, got {name!r}")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A folder as it lies on the disk. ValueError for one that cannot be read.
+
+    layers: the packed ones by name. manifest: what `save` noted; empty for others' folders.
+    """
+
+    format: Format
+    tensors: Tensors
+    layers: Mapping[str, Outline]
+    manifest: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def of(cls, folder: Path) -> "Stored":
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder")
+        manifest, config = read_manifest(folder), _quantization_config(folder)
+        known = find_format(manifest.get("format") or _format_name(folder, config))
+        tensors = Tensors.of(folder)
+        try:
+            outlines = known.outlines(tensors, config, manifest)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder}: {known.name} options are damaged: {error!r}") from None
+        if not outlines:
+            raise ValueError(f"{folder} has no quantized layer")
+        return cls(known, tensors, {layer.name: layer for layer in outlines}, manifest)
+
+    @property
+    def others(self) -> list[str]:
+        """Names of the tensors that belong to no packed layer's codes."""
+        owned = set().union(*map(self.format.owned, self.layers.values()))
+        return [name for name in self.tensors.files if name not in owned]
+
+
+def _quantization_config(folder: Path) -> Mapping[str, Any]:
+    """Of config.json, or of the file of its own that older programs wrote for GPTQ."""
+    found = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    if "quantization_config" in found:
+        content: Mapping[str, Any] = found["quantization_config"]
+        return content
+    alone = folder / "quantize_config.json"
+    return {"quant_method": "gptq", **read_json(alone)} if alone.exists() else {}
+
+
+def _format_name(folder: Path, config: Mapping[str, Any]) -> object:
+    if not config:
+        raise ValueError(f"{folder} is not quantized: neither sapq.json nor a quantization_config")
+    method = config.get("quant_method")
+    if method == "gptq":
+        return config.get("checkpoint_format") or config.get("format") or "gptq"
+    return method
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Read a folder that `save` wrote, or GPTQ and compressed-tensors folders of other programs.
+
+    model: its layers become packed ones, in place, and all its tensors are read from the folder.
+        None: transformers builds it from config.json, in evaluation mode, on the CPU.
+
+    ValueError for files that are damaged, or were changed after `save` wrote them, for tensors
+    that are missing, left over, or not as the model has them, and for options that packed layers
+    do not hold: groups in the order of activations, quantized activations. The model is then as it
+    was. Another dtype is accepted where the values do not change. Only safetensors are read.
+    """
+    stored = Stored.of(Path(folder))
+    stored.tensors.check(stored.manifest)
+    target = _build(stored) if model is None else model
+    modules = dict(target.named_modules(remove_duplicate=False))
+    buffers = {}
+    for layer in stored.layers.values():
+        _check_fits(stored, layer, modules.get(layer.name))
+        buffers[layer.name] = stored.format.decode(stored.tensors, layer)
+    twins = {name: _twins(modules, name) for name in buffers}
+    replaced = {f"{twin}.weight" for names in twins.values() for twin in names}
+    values = _read_others(stored, target, replaced)
+    with torch.no_grad():
+        for tensor, value in values:
+            tensor.copy_(value)
+    for name, tensors in buffers.items():
+        for twin in twins[name]:
+            to_packed(modules[twin], stored.layers[name].spec, tensors)
+    return target
+
+
+def _check_fits(stored: Stored, layer: Outline, module: nn.Module | None) -> None:
+    where = f"{stored.tensors.folder}: {layer.name!r}"
+    if module is None:
+        raise ValueError(f"{where} is not a layer of the model")
+    if isinstance(module, PackedWeight):
+        raise ValueError(f"{where} is packed already: load into a model as it was built")
+    if layers.kind(module) is None or module._parameters.get("weight") is None:
+        raise ValueError(f"{where} is a {type(module).__name__} in the model, which has no codes")
+    if reason := packed.obstacle(module):
+        raise ValueError(f"{where} cannot be packed: {reason}")
+    if module._parameters["weight"].device.type == "meta":  # type: ignore[union-attr]
+        raise ValueError(f"{where} has no data (meta device): build the model on a real device")
+    own = Outline.of(layer.name, module, layer.spec)
+    alike = own.kind == layer.kind or {own.kind, layer.kind} <= LINEAR
+    if not alike or own.shape != layer.shape:
+        raise ValueError(
+            f"{where} is a {layer.kind} of {list(layer.shape)}, "
+            f"in the model a {own.kind} of {list(own.shape)}"
+        )
+
+
+def _twins(modules: Mapping[str, nn.Module], name: str) -> list[str]:
+    """Names of the layers with the weight of this one, itself included."""
+    weight = modules[name]._parameters["weight"]
+    return [other for other, x in modules.items() if x._parameters.get("weight") is weight]
+
+
+def _read_others(
+    stored: Stored, model: nn.Module, replaced: set[str]
+) -> list[tuple[Tensor, Tensor]]:
+    """Tensors of the model, and what they are to hold: all but the weights that are replaced."""
+    tensors = stored.tensors
+    expected = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name not in replaced
+    }
+    values, filled = [], set()
+    for name in stored.others:
+        if name not in expected:
+            _check_ignorable(stored, model, name)
+            continue
+        tensor = expected[name]
+        value = tensors.take(name, tuple(tensor.shape))
+        same = value.dtype == tensor.dtype
+        if not same and not torch.equal(value.to(tensor.dtype).to(value.dtype), value):
+            raise ValueError(
+                f"{tensors.where(name)} is {value.dtype}, and {tensor.dtype}, as the model has it, "
+                "would change it"
+            )
+        values.append((tensor, value))
+        filled.add(id(tensor))
+    for name, tensor in expected.items():
+        if id(tensor) not in filled:  # a tied one is filled under another name
+            raise ValueError(f"{tensors.where(name)} of the model is missing")
+    return values
+
+
+def _check_ignorable(stored: Stored, model: nn.Module, name: str) -> None:
+    """ValueError for a tensor that the model does not have, and that means something."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if any(re.search(pattern, name) for pattern in patterns):
+        return
+    # early GPTQ files give every layer a bias
+    shape = stored.tensors.shapes[name]
+    if name.removesuffix(".bias") in stored.layers and not stored.tensors.take(name, shape).any():
+        return
+    raise ValueError(f"{stored.tensors.where(name)} has no place in the model")
+
+
+def _build(stored: Stored) -> nn.Module:
+    """The model that config.json describes, its weights not set."""
+    folder = stored.tensors.folder
+    transformers = optional("transformers")
+    if not (folder / CONFIG).exists():
+        raise ValueError(f"{folder} has no {CONFIG}: pass the model to load into")
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    named = (config.architectures or ["none"])[0]
+    architecture = getattr(transformers, named, None)
+    if architecture is None:
+        raise ValueError(
+            f"{folder / CONFIG} names architecture {named!r}, which transformers "
+            f"{transformers.__version__} does not have: pass the model to load into"
+        )
+    config.quantization_config = None
+    with optional("transformers.initialization").no_init_weights():
+        model: nn.Module = architecture._from_config(config, dtype=config.dtype or torch.float32)
+    if (folder / "generation_config.json").exists():
+        generation = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+        model.generation_config = generation
+    return model.eval()

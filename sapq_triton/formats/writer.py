@@ -1,0 +1,201 @@
+"""Write a model with packed layers, and believe nothing until it is read back."""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..packed import BUFFERS, PackedWeight
+from ..report import Report
+from .folder import (
+    CONFIG,
+    MANIFEST,
+    MANIFEST_VERSION,
+    refuse_foreign,
+    replaced,
+    sha256,
+    tensor_sha256,
+    write_json,
+    write_tensors,
+)
+from .layer import Format, Outline, unpacked_linear
+from .reader import Stored, find_format
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    format: str = "sapq",
+    *,
+    report: Report | None = None,
+    files: Iterable[str | Path] = (),
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a model with packed layers, `quantize(..., pack=True)`, as safetensors.
+
+    format: "sapq", of this project, holds everything. "gptq" (version 1, read by vLLM, GPTQModel,
+        transformers), "gptq_v2" (GPTQModel) and "compressed-tensors" (pack-quantized: vLLM,
+        transformers) hold linear layers; for the first two quantize with scale_dtype="float16", for
+        the last with the dtype of the model.
+    report: of `quantize`; the manifest then keeps the error of each layer.
+    files: further ones to copy into the folder: tokenizer, generation_config.json.
+    max_shard_size: in bytes or as "5GB", of one safetensors file.
+
+    All tensors of the model are written, those of layers that are not packed as they are; tied ones
+    once. config.json is that of a transformers model, with a quantization_config; sapq.json, the
+    manifest, has the specs, the checksums and the errors. Everything is read back and compared, to
+    the bit, before the folder takes its place in one step: until then, and whenever anything is
+    raised, a folder that was there stays as it was.
+
+    ValueError for what a format cannot hold, naming one that can, and for a folder that holds
+    files of others.
+    """
+    target, chosen = Path(folder), find_format(format)
+    layers = {name: Outline.of(name, module) for name, module in _packed(model).items()}
+    if not layers:
+        raise ValueError("the model has no packed layer: quantize(..., pack=True)")
+    _check(chosen, model, layers)
+    refuse_foreign(target.resolve())
+    tensors, others = _encode(chosen, model, layers)
+    content = _config(chosen, model, layers)
+    with replaced(target) as partial:
+        write_tensors(partial, tensors, max_shard_size)
+        write_json(partial / CONFIG, content)
+        if "gptq" in chosen.name:  # where older programs look
+            write_json(partial / "quantize_config.json", content["quantization_config"])
+        for file in map(Path, files):
+            if (partial / file.name).exists() or file.name == MANIFEST:
+                raise ValueError(f"{file} would take the place of a file of the model")
+            shutil.copyfile(file, partial / file.name)
+        manifest = _manifest(chosen, layers, tensors, report)
+        manifest["files"] = {path.name: sha256(path) for path in sorted(partial.iterdir())}
+        write_json(partial / MANIFEST, manifest)
+        _read_back(partial, model, layers, others)
+
+
+def _packed(model: nn.Module) -> dict[str, PackedWeight]:
+    """By name; of layers that share their codes the first one."""
+    found: dict[int, tuple[str, PackedWeight]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedWeight):
+            found.setdefault(id(module.qweight), (name, module))
+    return dict(found.values())
+
+
+def _check(chosen: Format, model: nn.Module, layers: Mapping[str, Outline]) -> None:
+    for layer in layers.values():
+        chosen.check(layer)
+    if chosen.name == "sapq":
+        return
+    alone = {id(model.get_submodule(name)) for name in layers}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedWeight) and id(module) not in alone:
+            raise ValueError(
+                f"{name!r} shares its weight with another layer, which {chosen.name} cannot say: "
+                "use format 'sapq'"
+            )
+    if getattr(model, "_weight_conversions", None):
+        raise ValueError(
+            f"transformers renamed or merged tensors of this {type(model).__name__} while loading, "
+            f"and programs that read {chosen.name} look for the old names: use format 'sapq'"
+        )
+
+
+def _encode(
+    chosen: Format, model: nn.Module, layers: Mapping[str, Outline]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All tensors by name, and those of them that are the same in every format."""
+    state: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name!r} is a {type(tensor).__name__}; files hold tensors only")
+        if tensor.device.type == "meta":
+            raise ValueError(f"{name!r} has no data (meta device)")
+        state.setdefault(id(tensor), (name, tensor))  # tied tensors once, under the first name
+    codes = {f"{name}.{buffer}" for name in layers for buffer in BUFFERS}
+    others = {name: tensor for name, tensor in state.values() if name not in codes}
+    encoded = {
+        f"{name}.{suffix}": tensor
+        for name, layer in layers.items()
+        for suffix, tensor in chosen.encode(layer, model.get_submodule(name)).items()  # type: ignore[arg-type]
+    }
+    return {**others, **encoded}, others
+
+
+def _config(chosen: Format, model: nn.Module, layers: Mapping[str, Outline]) -> dict[str, Any]:
+    """config.json: that of a transformers model, or only what the format says."""
+    content: dict[str, Any] = {}
+    own: Any = getattr(model, "config", None)
+    if hasattr(own, "to_json_string"):
+        content = json.loads(own.to_json_string())
+        dtype = str(model.dtype).removeprefix("torch.")
+        content |= {"architectures": [type(model).__name__], "dtype": dtype}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    head = next((name for name, module in model.named_modules() if module is output), None)
+    options = chosen.config(layers.values(), unpacked_linear(model), head)
+    return {**content, "quantization_config": options}
+
+
+def _manifest(
+    chosen: Format,
+    layers: Mapping[str, Outline],
+    tensors: Mapping[str, Tensor],
+    report: Report | None,
+) -> dict[str, Any]:
+    errors = {x.name: x.relative_error for x in report.layers} if report else {}
+    return {
+        "version": MANIFEST_VERSION,
+        "writer": f"sapq-triton {version('sapq-triton')}",
+        "format": chosen.name,
+        "layers": {
+            name: {
+                **layer.described(),
+                **({"relative_error": errors[name]} if name in errors else {}),
+            }
+            for name, layer in layers.items()
+        },
+        "tensors": {name: tensor_sha256(tensor) for name, tensor in tensors.items()},
+    }
+
+
+def _read_back(
+    folder: Path, model: nn.Module, layers: Mapping[str, Outline], others: Mapping[str, Tensor]
+) -> None:
+    """What lies in the folder is what the model holds, or RuntimeError: a fault of this program, or
+    of the disk.
+    """
+    stored = Stored.of(folder)
+    stored.tensors.check(stored.manifest)
+    if stored.layers.keys() != layers.keys() or set(stored.others) != others.keys():
+        raise RuntimeError(f"{folder}: read back {[*stored.layers]} and {stored.others}")
+    for name, layer in stored.layers.items():
+        module: Any = model.get_submodule(name)
+        decoded, own = stored.format.decode(stored.tensors, layer), layers[name].spec
+        if (layer.spec.bits, layer.groups, layer.spec.symmetric) != (
+            own.bits, layers[name].groups, own.symmetric
+        ):  # fmt: skip
+            raise RuntimeError(f"{folder}: {name!r} was {own}, read back {layer.spec}")
+        for buffer in BUFFERS:
+            if not _same(getattr(module, buffer), decoded[buffer]):
+                raise RuntimeError(f"{folder}: {buffer} of {name!r} is not what was written")
+    for name, tensor in others.items():
+        if not _same(tensor, stored.tensors.take(name, tuple(tensor.shape), (tensor.dtype,))):
+            raise RuntimeError(f"{folder}: {name!r} is not what was written")
+
+
+def _same(ours: Tensor | None, read: Tensor | None) -> bool:
+    """To the bit; scales may be stored in another dtype that holds them exactly."""
+    if ours is None or read is None:
+        return ours is read
+    ours = ours.detach().cpu()
+    if ours.dtype != read.dtype:
+        return torch.equal(ours.float(), read.float())
+    if ours.shape != read.shape:
+        return False
+    bytes_of = lambda tensor: tensor.contiguous().reshape(-1).view(torch.uint8)
+    return torch.equal(bytes_of(ours), bytes_of(read))
