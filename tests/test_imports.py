@@ -76,7 +76,16 @@ def test_packed_layers_do_not_know_whole_models() -> None:
     assert packages(others) <= {"torch"}
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("sapq_triton/*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("sapq_triton/dropin/*.py")), ids=lambda p: p.stem)
+def test_dropins_know_one_layer(path: Path) -> None:
+    ours, others = imports(path)
+    inside = {file.stem for file in path.parent.glob("*.py")}
+    solver = {"hessian", "layers", "obq", "ops", "reference", "result", "solver", "spec"}
+    assert ours <= inside | solver
+    assert packages(others) <= {"torch"}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("sapq_triton/**/*.py")), ids=lambda p: p.stem)
 def test_own_modules_are_imported_relatively(path: Path) -> None:
     """An absolute import of ours may find another installation, and escapes the tests above."""
     assert not packages(imports(path)[1]) & {"sapq_triton", "kernels"}
