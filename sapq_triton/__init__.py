@@ -9,6 +9,8 @@ if not _os.path.isdir(_os.path.join(_here, "kernels")) and _os.path.isfile(
 ):
     __path__.append(_os.path.dirname(_here))
 
+from .formats import load, save
+from .integrations import patch, unpatch
 from .quantize import quantize
 from .report import LayerReport, Report
 from .result import SolveReport, SolveResult, dequantize, layer_error
@@ -23,6 +25,10 @@ __all__ = [
     "SolveResult",
     "dequantize",
     "layer_error",
+    "load",
+    "patch",
     "quantize",
+    "save",
     "solve",
+    "unpatch",
 ]

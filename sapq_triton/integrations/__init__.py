@@ -1,0 +1,15 @@
+"""Our solver inside other packages' pipelines.
+
+    sapq_triton.patch("gptqmodel")                 # from here on GPTQModel quantizes with SAPQ
+    sapq_triton.unpatch("gptqmodel")
+
+    with sapq_triton.patch("llmcompressor", order="activation", damp=0.02):
+        oneshot(...)
+
+Grids, bits, groups, calibration and files stay the pipeline's own; only which codes are chosen on
+its grids changes. Each module here says what of its package is replaced, and what is left alone.
+"""
+
+from .patching import NAMES, Patch, patch, unpatch
+
+__all__ = ["NAMES", "Patch", "patch", "unpatch"]
