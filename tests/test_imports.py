@@ -85,6 +85,28 @@ def test_dropins_know_one_layer(path: Path) -> None:
     assert packages(others) <= {"torch"}
 
 
+FILES = ROOT / "sapq_triton" / "formats"
+LANGUAGE_FILES = ("folder", "layer", "gptq", "compressed_tensors", "sapq", "reader", "writer")
+
+
+@pytest.mark.parametrize("name", LANGUAGE_FILES)
+def test_files_know_packed_layers_and_no_package_of_others(name: str) -> None:
+    """Not who made the codes; the packages of the extra `hf` are imported when they are needed."""
+    ours, others = imports(FILES / f"{name}.py")
+    rooms = {"layers", "packed", "packing", "spec"} | ({"report"} if name == "writer" else set())
+    assert ours <= rooms | set(LANGUAGE_FILES)
+    assert packages(others) <= {"torch"}
+
+
+def test_the_command_line_is_outermost() -> None:
+    rooms = {"formats", "layers", "quantize", "report", "spec", "targets"}
+    ours, others = imports(ROOT / "sapq_triton" / "language.py")
+    assert ours <= rooms and packages(others) <= {"torch"}
+    for path in ROOT.glob("sapq_triton/**/*.py"):
+        if path.stem not in ("cli", "__main__"):
+            assert not imports(path)[0] & {"cli", "language"}, path
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("sapq_triton/**/*.py")), ids=lambda p: p.stem)
 def test_own_modules_are_imported_relatively(path: Path) -> None:
     """An absolute import of ours may find another installation, and escapes the tests above."""

@@ -92,6 +92,7 @@ class CompressedTensors:
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "ignore": list(left),
+            "moe_sparsity_config": None,
             "sparsity_config": {},
             "transform_config": {},
             "version": VERSION,

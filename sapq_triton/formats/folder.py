@@ -10,7 +10,9 @@ import fcntl
 import hashlib
 import importlib
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -230,6 +232,14 @@ class Tensors:
     def bytes(self) -> int:
         """Size of the files."""
         return sum((self.folder / file).stat().st_size for file in set(self.files.values()))
+
+    def bytes_of(self, names: Iterable[str]) -> int:
+        """Size of tensors; names that are not in the folder count nothing."""
+        bits = {name: re.search(r"\d+", self.dtypes[name]) for name in names if name in self}
+        return sum(
+            math.prod(self.shapes[name]) * (int(found[0]) // 8 if found else 1)  # BOOL
+            for name, found in bits.items()
+        )
 
     def __contains__(self, name: str) -> bool:
         return name in self.files

@@ -98,13 +98,15 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     stored.tensors.check(stored.manifest)
     target = _build(stored) if model is None else model
     modules = dict(target.named_modules(remove_duplicate=False))
-    buffers = {}
-    for layer in stored.layers.values():
-        _check_fits(stored, layer, modules.get(layer.name))
-        buffers[layer.name] = stored.format.decode(stored.tensors, layer)
-    twins = {name: _twins(modules, name) for name in buffers}
-    replaced = {f"{twin}.weight" for names in twins.values() for twin in names}
-    values = _read_others(stored, target, replaced)
+    buffers, twins = {}, {}
+    for name, layer in stored.layers.items():
+        _check_fits(stored, layer, modules.get(name))
+        twins[name] = _twins(modules, name)
+        for twin in twins[name][1:]:
+            _check_fits(stored, layer, modules[twin])
+        buffers[name] = stored.format.decode(stored.tensors, layer)
+    weights = {id(modules[name]._parameters["weight"]) for name in buffers}
+    values = _read_others(stored, target, weights)
     with torch.no_grad():
         for tensor, value in values:
             tensor.copy_(value)
@@ -136,20 +138,21 @@ def _check_fits(stored: Stored, layer: Outline, module: nn.Module | None) -> Non
 
 
 def _twins(modules: Mapping[str, nn.Module], name: str) -> list[str]:
-    """Names of the layers with the weight of this one, itself included."""
+    """Names of the layers with the weight of this one, which comes first."""
     weight = modules[name]._parameters["weight"]
-    return [other for other, x in modules.items() if x._parameters.get("weight") is weight]
+    others = [other for other, x in modules.items() if x._parameters.get("weight") is weight]
+    return [name, *(other for other in others if modules[other] is not modules[name])]
 
 
 def _read_others(
-    stored: Stored, model: nn.Module, replaced: set[str]
+    stored: Stored, model: nn.Module, weights: set[int]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Tensors of the model, and what they are to hold: all but the weights that are replaced."""
+    """Tensors of the model, and what they are to hold; weights: ids of those that codes replace."""
     tensors = stored.tensors
     expected = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if name not in replaced
+        if id(tensor) not in weights
     }
     values, filled = [], set()
     for name in stored.others:
@@ -190,18 +193,22 @@ def _build(stored: Stored) -> nn.Module:
     transformers = optional("transformers")
     if not (folder / CONFIG).exists():
         raise ValueError(f"{folder} has no {CONFIG}: pass the model to load into")
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     named = (config.architectures or ["none"])[0]
     architecture = getattr(transformers, named, None)
-    if architecture is None:
+    if not isinstance(architecture, type) or not hasattr(architecture, "_from_config"):
         raise ValueError(
             f"{folder / CONFIG} names architecture {named!r}, which transformers "
             f"{transformers.__version__} does not have: pass the model to load into"
         )
     config.quantization_config = None
     with optional("transformers.initialization").no_init_weights():
-        model: nn.Module = architecture._from_config(config, dtype=config.dtype or torch.float32)
+        model: Any = architecture._from_config(config, dtype=config.dtype or torch.float32)
+    model.tie_weights()  # a part of the initialization that was left out
     if (folder / "generation_config.json").exists():
         generation = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
         model.generation_config = generation
-    return model.eval()
+    built: nn.Module = model.eval()
+    return built

@@ -1,0 +1,5 @@
+"""python -m sapq_triton"""
+
+from .cli import main
+
+raise SystemExit(main())

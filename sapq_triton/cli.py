@@ -1,0 +1,113 @@
+"""The command line: sapq-triton quantize MODEL, sapq-triton inspect FOLDER."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from .formats import FORMATS, Stored
+from .language import DTYPES, quantize_folder
+from .spec import Order
+
+MEGABYTE = 10**6
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0, or 2 after one line that says what is wrong."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"sapq-triton: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("sapq-triton", description="Post-training quantization.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("quantize", help="quantize a model and save it")
+    command.set_defaults(run=_quantize)
+    command.add_argument("model", type=Path, help="folder of a transformers language model")
+    command.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    command.add_argument("--calibration", type=Path, required=True, metavar="TEXT", help="UTF-8")
+    command.add_argument("--bits", type=int, default=4, help="2 to 8 (default 4)")
+    command.add_argument(
+        "--group-size", type=int, default=128, help="columns of one scale, -1: all (default 128)"
+    )
+    grid = command.add_mutually_exclusive_group()
+    grid.add_argument("--symmetric", action="store_true", default=True, help="(default)")
+    grid.add_argument(
+        "--asymmetric", action="store_false", dest="symmetric", help="a zero point for each scale"
+    )
+    command.add_argument("--format", choices=FORMATS, default="gptq", help="(default gptq)")
+    command.add_argument("--order", choices=get_args(Order), default="sensitivity")
+    command.add_argument(
+        "--samples", type=int, default=128, help="calibration sequences (default 128)"
+    )
+    command.add_argument("--sequence-length", type=int, default=512, help="tokens (default 512)")
+    command.add_argument("--seed", type=int, default=0, help="of the choice of sequences")
+    command.add_argument(
+        "--skip", action="append", default=[], metavar="PATTERN", help="layers to leave, repeatable"
+    )
+    command.add_argument("--output-layer", action="store_true", help="quantize lm_head as well")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: as stored)")
+
+    command = commands.add_parser("inspect", help="show what a quantized folder holds")
+    command.set_defaults(run=_inspect)
+    command.add_argument("folder", type=Path)
+    return parser
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    if arguments.model.suffix == ".onnx":
+        raise ValueError(f"{arguments.model}: this command quantizes folders, not ONNX files")
+    report = quantize_folder(
+        arguments.model,
+        arguments.out,
+        arguments.calibration,
+        bits=arguments.bits,
+        group_size=arguments.group_size,
+        symmetric=arguments.symmetric,
+        format=arguments.format,
+        order=arguments.order,
+        samples=arguments.samples,
+        sequence_length=arguments.sequence_length,
+        seed=arguments.seed,
+        skip=arguments.skip,
+        output_layer=arguments.output_layer,
+        device=arguments.device,
+        dtype=arguments.dtype,
+    )
+    print(report)
+    sizes = [
+        sum(path.stat().st_size for path in folder.glob("*.safetensors")) / MEGABYTE
+        for folder in (arguments.model, arguments.out)
+    ]
+    print(f"{arguments.out}: {arguments.format}, {sizes[1]:.1f} MB of {sizes[0]:.1f} MB")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    stored = Stored.of(arguments.folder)
+    width = max(map(len, stored.layers))
+    print(f"{'layer':{width}} {'kind':16} {'weight':>18} bits  group  zero point        MB  error")
+    total = 0
+    for name, layer in stored.layers.items():
+        spec, shape = layer.spec, "x".join(map(str, layer.shape))
+        size = stored.tensors.bytes_of(stored.format.owned(layer))
+        total += size
+        error = stored.manifest.get("layers", {}).get(name, {}).get("relative_error")
+        print(
+            f"{name:{width}} {layer.kind:16} {shape:>18} {spec.bits:4} {spec.group_size:6}  "
+            f"{'symmetric' if spec.symmetric else 'asymmetric':10} {size / MEGABYTE:9.3f}  "
+            f"{'-' if error is None else f'{error:.3e}'}"
+        )
+    print(
+        f"{arguments.folder}: {stored.format.name}, {len(stored.layers)} layers, "
+        f"{total / MEGABYTE:.1f} MB of {stored.tensors.bytes / MEGABYTE:.1f} MB"
+    )

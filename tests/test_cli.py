@@ -1,0 +1,219 @@
+"""The command line, from a folder of a small random Llama to files and back."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sapq_triton import load
+from sapq_triton.cli import main
+from sapq_triton.language import draw_sequences
+from sapq_triton.packed import PackedWeight
+from tests.tiny import save_llama
+
+TEXT = "The quick brown fox jumps over the lazy dog; 0123456789 times. " * 8
+QUICK = ["--samples", "4", "--sequence-length", "32", "--group-size", "32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_llama(folder, tie_word_embeddings=True)
+    (folder / "LICENSE.txt").write_text("of the model")
+    (folder / "README.md").write_text("of the original")
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def quantize(source: Path, text: Path, out: Path, *more: str) -> int:
+    return main(
+        ["quantize", str(source), "--calibration", str(text), "--out", str(out), *QUICK, *more]
+    )
+
+
+@pytest.mark.parametrize("format", ["gptq", "gptq_v2", "compressed-tensors", "sapq"])
+def test_from_a_folder_to_a_folder(
+    source: Path, text: Path, tmp_path: Path, format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert quantize(source, text, out, "--format", format) == 0
+    printed = capsys.readouterr().out
+    assert "model.layers.1.mlp.down_proj" in printed and "lm_head: left as it was" in printed
+    sizes = [
+        path.stat().st_size / 1e6
+        for path in (out / "model.safetensors", source / "model.safetensors")
+    ]
+    assert f"{format}, {sizes[0]:.1f} MB of {sizes[1]:.1f} MB" in printed and sizes[0] < sizes[1]
+    names = {path.name for path in out.iterdir()}
+    assert names >= {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "LICENSE.txt",
+    }
+    assert "README.md" not in names
+
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT
+    plain: Any = LlamaForCausalLM.from_pretrained(source, dtype="auto")
+    model: Any = load(out)
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedWeight)]
+    linear = [name for name, module in plain.named_modules() if type(module) is nn.Linear]
+    assert packed == [name for name in linear if name != "lm_head"]
+    spec = model.get_submodule(packed[0]).spec
+    assert (spec.bits, spec.group_size, spec.symmetric, spec.scale_dtype) == (
+        4,
+        32,
+        True,
+        "float16",
+    )
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    tokens = torch.tensor([tokenizer(TEXT[:64])["input_ids"]])
+    with torch.no_grad():
+        ours, theirs = model(tokens).logits.float(), plain(tokens).logits.float()
+    assert 0 < (ours - theirs).norm() < 0.3 * theirs.norm()
+
+    assert main(["inspect", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(packed)
+    errors = {line.split()[0]: float(line.split()[-1]) for line in lines[1:-1]}
+    assert errors.keys() == set(packed) and all(0 < error < 0.1 for error in errors.values())
+    assert f"{format}, 14 layers" in lines[-1]
+
+    if format != "sapq":
+        (out / "sapq.json").unlink()  # as a folder of another program
+        assert main(["inspect", str(out)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert {line.split()[0] for line in lines[1:-1]} == set(packed)
+        assert {line.split()[-1] for line in lines[1:-1]} == {"-"}
+
+
+def test_the_same_seed_gives_the_same_files(source: Path, text: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert quantize(source, text, tmp_path / name, "--seed", seed, "--samples", "2") == 0
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b and a != c
+
+
+def test_options_reach_the_model(source: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--bits", "3", "--asymmetric", "--order", "natural", "--dtype", "bfloat16",
+               "--skip", "*.mlp.*", "--format", "compressed-tensors"]  # fmt: skip
+    assert quantize(source, text, out, *options) == 0
+    model: Any = load(out)
+    assert model.dtype == torch.bfloat16
+    layer = model.model.layers[0]
+    assert type(layer.mlp.up_proj) is nn.Linear
+    spec = layer.self_attn.q_proj.spec
+    assert (spec.bits, spec.symmetric, spec.scale_dtype) == (3, False, "bfloat16")
+    ignore = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert "model.layers.0.mlp.up_proj" in ignore and "lm_head" in ignore
+
+
+def test_the_output_layer_on_request(text: Path, tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        save_llama(tmp_path / "llama", num_hidden_layers=1)
+    assert quantize(tmp_path / "llama", text, tmp_path / "out", "--output-layer") == 0
+    model: Any = load(tmp_path / "out")
+    assert isinstance(model.lm_head, PackedWeight)
+    manifest = json.loads((tmp_path / "out" / "sapq.json").read_text())
+    assert manifest["layers"]["lm_head"]["relative_error"] > 0  # calibrated, not only rounded
+
+
+ERRORS = [
+    ([], b"", "text.txt is empty"),
+    ([], b" \n ", "text.txt is empty"),
+    ([], b"caf\xe9", "text.txt is not UTF-8: byte 0xe9 at 3"),
+    ([], b"abc", "text.txt has 3 tokens, which make 0 sequences of 32, and 4 were asked for: "
+     "give a longer text, or shorter sequences"),
+    ([], b"abc" * 32, "make 3 sequences of 32, and 4 were asked for: give a longer text, fewer "
+     "samples (at most 3), or shorter sequences"),
+    (["--samples", "0"], None, "samples and sequence length must be positive, got 0, 32"),
+    (["--sequence-length", "129", "--samples", "1"], None, "but the model has 128 positions"),
+    (["--bits", "5"], None, "5 bits; gptq holds (2, 3, 4, 8): use format 'compressed-tensors'"),
+    (["--bits", "9"], None, "bits must be an integer from 2 to 8, got 9"),
+    (["--group-size", "8"], None, "groups of 8 columns; gptq is read with"),
+    (["--skip", "nothing"], None, "pattern 'nothing' matches no layer"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options, content, message", ERRORS)
+def test_errors_are_one_line(
+    source: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    content: bytes | None,
+    message: str,
+) -> None:
+    if content is not None:
+        text.write_bytes(content)
+    monkeypatch.setattr("sapq_triton.language.quantize", lambda *_, **__: pytest.fail("solved"))
+    assert quantize(source, text, tmp_path / "out", *options) == 2
+    line = capsys.readouterr().err.splitlines()[-1]  # after the bars of transformers
+    assert line.startswith("sapq-triton: ") and message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_are_refused(
+    source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(message: str, *arguments: object) -> None:
+        assert main([*map(str, arguments)]) == 2
+        assert message in capsys.readouterr().err
+
+    rest = ["--calibration", text, "--out", tmp_path / "out", *QUICK]
+    refused("is not a model folder: it has no config.json", "quantize", tmp_path, *rest)
+    refused("quantizes folders, not ONNX files", "quantize", tmp_path / "model.onnx", *rest)
+    refused(
+        "none.txt is not a file", "quantize", source, *rest[:1], tmp_path / "none.txt", *rest[2:]
+    )
+    refused(
+        "which would be lost: choose a new folder", "quantize", source, *rest[:3], source, *QUICK
+    )
+    refused("is not quantized: neither sapq.json nor", "inspect", source)
+    refused("none is not a folder", "inspect", tmp_path / "none")
+    assert quantize(source, text, tmp_path / "out") == 0
+    refused("is quantized already", "quantize", tmp_path / "out", *rest)
+
+
+def test_a_tokenizer_of_another_model(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_llama(tmp_path / "llama", vocab_size=64, num_hidden_layers=1)
+    assert quantize(tmp_path / "llama", text, tmp_path / "out") == 2
+    assert "the model has embeddings for 64: they do not belong together" in capsys.readouterr().err
+
+
+def test_sequences_are_drawn_without_overlap() -> None:
+    tokens = torch.arange(103)
+    drawn = draw_sequences(tokens, 5, 10, 0, "text")
+    assert drawn.shape == (5, 10)
+    starts = drawn[:, 0].tolist()
+    assert starts == sorted(set(starts)) and all(start % 10 == 0 for start in starts)
+    assert torch.equal(drawn, torch.stack([tokens[start : start + 10] for start in starts]))
+    assert torch.equal(draw_sequences(tokens, 10, 10, 3, "text").flatten(), tokens[:100])
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sapq_triton", "inspect", "nowhere"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (2, "sapq-triton: nowhere is not a folder\n")
