@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from benchmarks.accuracy.coco import (
@@ -25,6 +24,7 @@ from benchmarks.accuracy.coco import (
     read_labels,
 )
 
+Image = pytest.importorskip("PIL.Image")
 Box = tuple[float, float, float, float]
 LEFT, RIGHT, BELOW = (0, 0, 100, 100), (200, 0, 300, 100), (0, 200, 100, 300)
 

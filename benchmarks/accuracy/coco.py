@@ -8,13 +8,15 @@ import io
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -81,6 +83,8 @@ def read_archive(path: str | Path, limit: int | None = None) -> list[Example]:
     A line of a label file is class, centre x, centre y, width, height, the last four relative to
     the size of the image. An image without a label file shows no object.
     """
+    from PIL import Image  # all else works without
+
     with zipfile.ZipFile(path) as archive:
         entries = {PurePosixPath(name) for name in archive.namelist()}
         images = sorted(name for name in entries if name.suffix == ".jpg")
@@ -109,14 +113,16 @@ def read_labels(text: str, width: int, height: int) -> Objects:
     return Objects(boxes, table[:, 0].astype(np.int64))
 
 
-def letterbox(image: Image.Image, side: int = SIDE) -> tuple[Tensor, Placement]:
+def letterbox(image: "Image.Image", side: int = SIDE) -> tuple[Tensor, Placement]:
     """Scale an image until it just fits a square, centred on grey: uint8 [3, side, side]."""
+    from PIL.Image import Resampling
+
     scale = min(side / image.width, side / image.height)
     width, height = round(image.width * scale), round(image.height * scale)
     # of an odd border the smaller half lies left or on top, as in training
     left, top = (side - width) // 2, (side - height) // 2
     square = np.full((side, side, 3), GREY, dtype=np.uint8)
-    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    resized = image.resize((width, height), Resampling.BILINEAR)
     square[top : top + height, left : left + width] = np.asarray(resized)
     pixels = torch.from_numpy(square).permute(2, 0, 1).contiguous()
     return pixels, Placement(scale, left, top, image.width, image.height)

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.accuracy.methods import METHODS
@@ -30,6 +29,8 @@ BATCH = 32
 
 def read_images(path: Path) -> tuple[Tensor, Tensor]:
     """Centre crops uint8 [N, 3, 224, 224] and class indices int64 [N]."""
+    from PIL import Image  # all else works without
+
     pixels, labels = [], []
     with zipfile.ZipFile(path) as archive:
         for name in sorted(n for n in archive.namelist() if n.endswith(".jpg")):
@@ -42,8 +43,10 @@ def read_images(path: Path) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def predict(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Predicted classes int64 [N]"""
-    return torch.cat([model(preprocess(part)).argmax(1) for part in pixels.split(BATCH)])
+    """Predicted classes int64 [N], on the CPU whatever the device of the model"""
+    device = next(model.parameters()).device
+    batches = (preprocess(part).to(device) for part in pixels.split(BATCH))
+    return torch.cat([model(batch).argmax(1).cpu() for batch in batches])
 
 
 def evaluate(
