@@ -16,8 +16,8 @@ kernel_times  each kernel, against the ceilings
 model_times   ResNet-50 with the Hessians given, and with calibration on images at random weights;
               a block of Llama-3-8B with its Hessians
 obq_times     SAPQ against exact OBQ on the shapes of ResNet-50, see `benchmarks.headline`
-carried       EfficientNet-Lite0 as ImageNet taught it, quantized here and on the CPU: with
-              --carried DIR, which `benchmarks.carry` fills
+carried       networks as they were taught, quantized here and on the CPU, see `benchmarks.carried`:
+              with --carried DIR, which `benchmarks.carry` fills
 peers         other implementations, see `benchmarks.peers`; --peers DIR adds a folder, or the
               wheels in it, to the path
 
@@ -47,7 +47,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import (
     bench_accumulate_hessian,
@@ -65,7 +65,8 @@ from benchmarks.bench_accumulate_hessian import CONVOLUTIONS, DEPTHWISE, LINEAR,
 from benchmarks.bench_models import total_error
 from benchmarks.bench_solve import BLOCK, SWEEPS, error_ratio, textbook, tolerance
 from benchmarks.bench_solve_columns import TIE
-from benchmarks.carry import CARRIED, read
+from benchmarks.carried import NETWORKS, end_to_end
+from benchmarks.carry import read
 from benchmarks.measure import (
     ROOT,
     Case,
@@ -79,7 +80,7 @@ from benchmarks.measure import (
     size,
 )
 from benchmarks.shapes import LLAMA_3_8B, Layer, inputs, problem
-from sapq_triton import QuantSpec, SolveResult, quantize, solve
+from sapq_triton import QuantSpec, SolveResult, solve
 from sapq_triton.hessian import HessianSum, feedback_factor
 from sapq_triton.ops import Backend, Precision
 from sapq_triton.spec import Order
@@ -97,7 +98,7 @@ LIMITS = {
     "kernel_times": 25,
     "model_times": 75,
     "obq_times": 60,
-    "carried": 60,
+    "carried": 90,
     "peers": 90,
 }
 CHECKS = ("tests", "parity", "determinism", "hessian", "memory")  # must come to their end
@@ -114,9 +115,6 @@ PRECISIONS: dict[Precision, tuple[float, float]] = {
     "tf32": (3, 0.05),
 }
 REFERENCE_ELEMENTS, REFERENCE_COLUMNS = 2**20, 4608  # the reference path is timed up to these
-# relative difference of mean layer errors of one network quantized twice: inputs changed by 1e-6
-# moved that of EfficientNet-Lite0 by 1e-3, and 6 % of its predictions
-SAME_MODEL = 0.01
 
 Result = dict[str, Any]  # one row of a table; "ok" tells whether it is right
 
@@ -429,62 +427,13 @@ class Gate:
     # --- what was carried in
 
     def carried(self) -> Iterator[Result]:
-        for name, build in CARRIED.items():
+        for name, network in NETWORKS.items():
             found = read(self.carried_in, name) if self.carried_in else None
             if found is None:
                 yield {"model": name, "skipped": "nothing was carried in", "ok": True}
                 continue
-            yield from self.end_to_end(name, build, *found)
-
-    def end_to_end(
-        self, name: str, build: Callable[[int], nn.Module], state: dict[str, Tensor],
-        calibration: Tensor, evaluation: Tensor, labels: Tensor,
-    ) -> Iterator[Result]:  # fmt: skip
-        """The same network quantized on this device and on the CPU, its predictions side by side.
-
-        A close call in one layer changes the inputs of all that follow: the two agree up to a few
-        images only.
-        """
-
-        def run(device: torch.device | str, backend: Backend | None) -> tuple[Tensor, float, float]:
-            model = build(evaluation.shape[-1])
-            model.load_state_dict(state)
-            model.eval().to(device)
-            error = taken = 0.0
-            if backend is not None:
-                batches = [x.to(device) for x in calibration.split(32)]
-                report = quantize(model, batches, QuantSpec(4), backend=backend, progress=False)
-                error, taken = report.relative_error, report.seconds
-            with torch.inference_mode():
-                found = [model(x.to(device)).argmax(1).cpu() for x in evaluation.split(32)]
-            return torch.cat(found), error, taken
-
-        before, _, _ = run("cpu", None)
-        same_fp32 = (run(self.device, None)[0] == before).double().mean().item()
-        actual, error, taken = run(self.device, self.backend)
-        expected, cpu_error, cpu_taken = run("cpu", "reference")
-        right = [100 * (x == labels).double().mean().item() for x in (before, actual, expected)]
-        change = (actual == labels).double() - (expected == labels).double()
-        # one image at least: where no image changed there is no spread to go by
-        spread = max(change.square().sum().item(), 1) ** 0.5 / len(change)
-        yield {
-            "model": name,
-            "images": [len(calibration), len(labels)],
-            "top-1 fp32": right[0],
-            "top-1 here": right[1],
-            "top-1 on the CPU": right[2],
-            "difference": 100 * change.mean().item(),
-            "standard error": 100 * spread,
-            "same predictions": (actual == expected).double().mean().item(),
-            "same in fp32": same_fp32,
-            "layer error": error,
-            "layer error / CPU": error / cpu_error,
-            self.backend: taken,
-            "CPU": cpu_taken,
-            "ok": abs(error / cpu_error - 1) <= SAME_MODEL
-            and abs(change.mean().item()) <= 3 * spread
-            and same_fp32 >= 0.98,
-        }
+            row = end_to_end(network(found), found.state, self.device, self.backend)
+            yield {"model": name, **row}
 
     def peers(self) -> Iterator[Result]:
         if self.peers_in is None:
