@@ -9,6 +9,7 @@ from typing import get_args
 import torch
 
 from .formats import FORMATS, Stored
+from .formats.folder import CONFIG, read_json
 from .language import DTYPES, quantize_folder
 from .spec import Order
 
@@ -90,6 +91,12 @@ def _quantize(arguments: argparse.Namespace) -> None:
         for folder in (arguments.model, arguments.out)
     ]
     print(f"{arguments.out}: {arguments.format}, {sizes[1]:.1f} MB of {sizes[0]:.1f} MB")
+    dtype = read_json(arguments.out / CONFIG)["dtype"]
+    if arguments.format in ("gptq", "gptq_v2") and dtype == "bfloat16":
+        print(
+            "Scales are float16, and the model bfloat16: programs that compute in bfloat16 round "
+            "them. Run it in float16, or use --dtype float16 or --format compressed-tensors."
+        )
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

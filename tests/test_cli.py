@@ -125,6 +125,16 @@ def test_options_reach_the_model(source: Path, text: Path, tmp_path: Path) -> No
     assert "model.layers.0.mlp.up_proj" in ignore and "lm_head" in ignore
 
 
+def test_what_bfloat16_does_to_gptq_is_said(
+    source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warned = "Scales are float16, and the model bfloat16"
+    assert quantize(source, text, tmp_path / "a", "--dtype", "bfloat16", "--samples", "1") == 0
+    assert warned in capsys.readouterr().out
+    assert quantize(source, text, tmp_path / "b", "--samples", "1") == 0
+    assert warned not in capsys.readouterr().out
+
+
 def test_the_output_layer_on_request(text: Path, tmp_path: Path) -> None:
     with torch.random.fork_rng():
         save_llama(tmp_path / "llama", num_hidden_layers=1)

@@ -331,7 +331,6 @@ REFUSED = [
     ("gptq", nn.Linear(96, 64), replace(W4, group_size=48), "groups of 48 columns; gptq is read"),
     ("gptq", nn.Linear(64, 64), replace(W4, scale_dtype="float32"),
      r"'0' has float32 scales; gptq holds float16: quantize with QuantSpec\(scale_dtype="),
-    ("gptq", nn.Linear(64, 64), replace(W4, scale_dtype="bfloat16"), "'0' has bfloat16 scales"),
     ("gptq", nn.Conv2d(64, 64, 1), W4, "'0' is a Conv2d; gptq holds linear layers: use"),
     ("compressed-tensors", nn.ConvTranspose1d(64, 64, 1), W4,
      "'0' is a ConvTranspose1d; compressed-tensors holds nn.Linear: use format 'sapq'"),
@@ -351,6 +350,17 @@ def test_refuses_what_a_format_cannot_hold(
     with pytest.raises(ValueError, match=message):
         save(model, tmp_path / "model", format)
     assert not list(tmp_path.iterdir())
+
+
+def test_scales_of_bfloat16_in_gptq(tmp_path: Path) -> None:
+    net = packed_net(replace(W4, scale_dtype="bfloat16"))
+    save(net, tmp_path / "net", "gptq")
+    loaded = load(tmp_path / "net", Net())
+    torch.testing.assert_close(loaded.first.weight, net.first.weight, rtol=0, atol=0)
+    net.second.scale[0, 0] = 1e-7
+    with pytest.raises(ValueError, match=r"'second' has bfloat16 scales that float16, .* change"):
+        save(net, tmp_path / "net", "gptq")
+    assert_same_state(load(tmp_path / "net", Net()), state(loaded))
 
 
 def test_zero_point_0_underflows_in_gptq_only(tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ A layer of R rows (outputs), C columns (inputs) and G groups is
     qzeros   int32 [G, words(R)]     zero points, less 1 in version 1, packed along the rows
     scales   float16 [G, R]
     g_idx    int32 [C]               the group of each column, i // group_size
+
+A program that computes in bfloat16 rounds the scales to it, which leaves those alone that were made
+with scale_dtype="bfloat16"; float16 holds these exactly unless they are below 1e-5.
 """
 
 import re
@@ -27,6 +30,7 @@ from .layer import LINEAR, Outline, check_group_order, names_with, scale_dtype, 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # that GPTQModel has kernels for
 MULTIPLE = 32  # of rows and columns: as many codes fill whole words, whatever their bits
+REQUANTIZE = 'quantize with QuantSpec(scale_dtype="float16")'
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -62,10 +66,9 @@ class GPTQ:
                 f"{name!r} has groups of {spec.group_size} columns; {self.name} is read with "
                 f"{GROUP_SIZES}: use format 'compressed-tensors' or 'sapq'"
             )
-        if spec.scale_dtype != "float16":
+        if spec.scale_dtype == "float32":
             raise ValueError(
-                f"{name!r} has {spec.scale_dtype} scales; {self.name} holds float16: "
-                'quantize with QuantSpec(scale_dtype="float16")'
+                f"{name!r} has float32 scales; {self.name} holds float16: {REQUANTIZE}"
             )
 
     def encode(self, layer: Outline, module: PackedWeight) -> dict[str, Tensor]:
@@ -75,10 +78,16 @@ class GPTQ:
                 f"{layer.name!r} has a zero point of 0, which gptq would store as -1: use format "
                 "'gptq_v2' or 'compressed-tensors', or a symmetric spec"
             )
+        scale = module.scale.to(torch.float16)
+        if not torch.equal(scale.float(), module.scale.float()):
+            raise ValueError(
+                f"{layer.name!r} has {layer.spec.scale_dtype} scales that float16, in which "
+                f"{self.name} stores them, would change: {REQUANTIZE}"
+            )
         return {
             "qweight": module.qweight.T,
             "qzeros": pack(zero_points - self.zero_offset, layer.spec.bits),
-            "scales": module.scale.T,
+            "scales": scale.T,
             "g_idx": torch.arange(layer.columns, dtype=torch.int32)
             // layer.spec.columns_per_group(layer.columns),
         }

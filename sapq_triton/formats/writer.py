@@ -40,8 +40,8 @@ def save(
 
     format: "sapq", of this project, holds everything. "gptq" (version 1, read by vLLM, GPTQModel,
         transformers), "gptq_v2" (GPTQModel) and "compressed-tensors" (pack-quantized: vLLM,
-        transformers) hold linear layers; for the first two quantize with scale_dtype="float16", for
-        the last with the dtype of the model.
+        transformers) hold linear layers. For the first two quantize with scale_dtype="float16", or
+        "bfloat16" if the model is to run in that; for the last with the dtype of the model.
     report: of `quantize`; the manifest then keeps the error of each layer.
     files: further ones to copy into the folder: tokenizer, generation_config.json.
     max_shard_size: in bytes or as "5GB", of one safetensors file.
