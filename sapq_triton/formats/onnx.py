@@ -27,7 +27,7 @@ from ..packed import PACKED, PackedWeight
 from ..quantize import quantize
 from ..report import Report
 from ..spec import QuantSpec
-from .onnx_activations import ActivationDtype, RangeSearch, quantize_activations
+from .onnx_activations import ActivationDtype, RangeRule, check_options, quantize_activations
 from .onnx_calibration import calibration_batches
 from .onnx_graph import (
     BLOCK_OPSET,
@@ -55,7 +55,7 @@ def quantize_onnx(
     out: str | Path,
     *,
     activations: ActivationDtype | None = None,
-    ranges: RangeSearch = "mse",
+    ranges: RangeRule = "mse",
     mean: float | Sequence[float] = 0.0,
     std: float | Sequence[float] = 255.0,
     size: int | None = None,
@@ -82,6 +82,8 @@ def quantize_onnx(
     `quantize` refuses.
     """
     _check_target(out)
+    if activations is not None:
+        check_options(activations, ranges)
     overrides = dict(options.get("overrides") or {})
     for each in (spec, *overrides.values()):
         _check_spec(each)
@@ -124,7 +126,7 @@ def export_onnx(
     report: Report | None = None,
     batches: Iterable[Any] = (),
     activations: ActivationDtype | None = None,
-    ranges: RangeSearch = "mse",
+    ranges: RangeRule = "mse",
     dynamic_batch: bool = True,
 ) -> dict[str, str]:
     """Write a quantized model as an ONNX file; returns what was not done as asked, name to reason.
@@ -138,6 +140,8 @@ def export_onnx(
     the exported graph does not read a weight as it is.
     """
     _check_target(path)
+    if activations is not None:
+        check_options(activations, ranges)
     example = example if isinstance(example, tuple) else (example,)
     grids = _grids(model, report)
     for *_, spec in grids.values():
@@ -359,7 +363,7 @@ def _rewrite(
     weights: dict[str, IntegerWeight],
     batches: Sequence[Mapping[str, Array]],
     activations: ActivationDtype | None,
-    ranges: RangeSearch,
+    ranges: RangeRule,
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Put integers into the graph: BatchNorms that stay, and layers that compute on floats."""
     kept = fold_batchnorm(graph, weights)

@@ -6,7 +6,7 @@ between them into one integer operator (QLinearConv, QGemm, QLinearAdd, ...).
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
@@ -16,7 +16,7 @@ from .onnx_graph import Array, Graph, IntegerWeight, attributes
 from .onnx_module import session
 
 ActivationDtype = Literal["uint8", "int8"]
-RangeSearch = Literal["minmax", "mse", "percentile"]
+RangeRule = Literal["minmax", "mse", "percentile"]
 
 # layers that onnxruntime has integer kernels for
 LAYERS = ("Conv", "Gemm", "MatMul")
@@ -56,7 +56,7 @@ def quantize_activations(
     weights: dict[str, IntegerWeight],
     batches: Iterable[Mapping[str, Array]],
     dtype: ActivationDtype = "uint8",
-    search: RangeSearch = "mse",
+    ranges: RangeRule = "mse",
 ) -> dict[str, str]:
     """Put eight-bit activations into a graph whose weights were set.
 
@@ -69,20 +69,17 @@ def quantize_activations(
     weights that its bias does not fit gets a larger scale, its weights are rounded to it (in
     `weights` as well): each moves by at most 2**-31 of bias / x_scale.
 
-    dtype: "uint8" or "int8". search: range of each activation over the batches: "minmax",
-    "percentile" (leaves out 0.01 % of the values) or "mse" (least squared rounding error).
+    dtype: "uint8", or "int8", which onnxruntime on x86 merges fully only where the session has the
+    configuration entry "session.qdqisint8allowed" = "1". ranges: of each activation over the
+    batches: "minmax", "percentile" (leaves out 0.01 % of the values) or "mse" (least squared
+    rounding error).
     """
-    for name, value, legal in (
-        ("activations", dtype, ActivationDtype.__args__),  # type: ignore[attr-defined]
-        ("search", search, RangeSearch.__args__),  # type: ignore[attr-defined]
-    ):
-        if value not in legal:
-            raise ValueError(f"{name} must be one of {legal}, got {value!r}")
+    check_options(dtype, ranges)
     layers, left_out = _layers(graph, weights)
     sources = _activations(graph, layers)
     measured = dict.fromkeys(sources.values())
-    ranges = _ranges(graph.model(), list(measured), list(batches), search)
-    grids = {name: grid(*ranges[source], dtype) for name, source in sources.items()}
+    found = _ranges(graph.model(), list(measured), list(batches), ranges)
+    grids = {name: grid(*found[source], dtype) for name, source in sources.items()}
     ready = []
     for node in layers:
         if reason := _obstacle(graph, node, weights[node.input[1]], grids):
@@ -94,9 +91,19 @@ def quantize_activations(
             left_out[node.name or node.output[0]] = f"{raised} channels of larger scale, for int32"
     for node in ready:
         _quantize_bias(graph, node, weights[node.input[1]], grids)
-    for name, found in grids.items():
-        _insert(graph, name, found)
+    for name, on in grids.items():
+        _insert(graph, name, on)
     return left_out
+
+
+def check_options(dtype: object, ranges: object) -> None:
+    """ValueError for what `quantize_activations` does not know."""
+    for name, value, legal in (
+        ("activations", dtype, get_args(ActivationDtype)),
+        ("ranges", ranges, get_args(RangeRule)),
+    ):
+        if value not in legal:
+            raise ValueError(f"{name} must be one of {legal}, got {value!r}")
 
 
 def _layers(
@@ -180,7 +187,7 @@ def _origin(graph: Graph, name: str) -> onnx.NodeProto | None:
 
 
 def _ranges(
-    model: onnx.ModelProto, names: list[str], batches: list[Mapping[str, Array]], search: str
+    model: onnx.ModelProto, names: list[str], batches: list[Mapping[str, Array]], rule: str
 ) -> dict[str, tuple[float, float]]:
     """Low and high end of each value over all batches."""
     if not batches:
@@ -201,14 +208,14 @@ def _ranges(
             if not np.isfinite((low, high)).all():
                 raise ValueError(f"the activation {name!r} holds NaN or Inf during calibration")
             extremes[name] = min(extremes[name][0], low), max(extremes[name][1], high)
-    if search == "minmax":
+    if rule == "minmax":
         return extremes
     counts = {name: np.zeros(BINS, np.int64) for name in names}
     for batch in batches:
         found = values(batch)
         for name in names:
             counts[name] += np.histogram(found[name], BINS, _widened(extremes[name]))[0]
-    choose = _least_error if search == "mse" else _percentile
+    choose = _least_error if rule == "mse" else _percentile
     return {name: choose(counts[name], extremes[name]) for name in names}
 
 

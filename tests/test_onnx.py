@@ -1,0 +1,476 @@
+"""Quantized ONNX files: onnxruntime computes from them what the quantized model computes."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import helper, numpy_helper
+from torch import Tensor, nn
+
+from sapq_triton import QuantSpec, Report, quantize
+from sapq_triton.formats import onnx as onnx_format
+from sapq_triton.formats.onnx import export_onnx, inspect_onnx, read_model
+from sapq_triton.formats.onnx_module import OnnxModule, session
+from sapq_triton.layers import as_weight
+
+quantize_onnx: Callable[..., Report] = partial(onnx_format.quantize_onnx, progress=False)
+IMAGES = np.random.default_rng(0).standard_normal((12, 3, 12, 12)).astype(np.float32)
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def cnn(opset: int = 17, dtype: type = np.float32) -> onnx.ModelProto:
+    """All kinds of layers, BatchNorm with gammas of both signs, a residual, pads, a Gemm head."""
+    constants = {
+        "stem": random(8, 3, 3, 3) / 4,
+        "depthwise": random(8, 1, 3, 3) / 2,
+        "grouped": random(6, 4, 3, 3) / 5,
+        "grouped_bias": random(6),
+        "up": random(6, 4, 2, 2) / 3,
+        "fc": random(5, 4),
+        "fc_bias": random(5),
+        "pads": np.array([0, 0, 0, 1, 0, 0, 1, 0]),
+        "head": random(5, 3),
+    }
+    nodes = [
+        helper.make_node("Pad", ["x", "pads"], ["padded"], "pad"),
+        helper.make_node("Conv", ["padded", "stem"], ["s"], "stem.conv", strides=[2, 2]),
+        *batchnorm("s", 8, constants),
+        helper.make_node("Relu", ["s_norm"], ["a"], "relu1"),
+        helper.make_node(
+            "Conv", ["a", "depthwise"], ["d"], "depthwise.conv", group=8, pads=[1, 1, 1, 1]
+        ),
+        *batchnorm("d", 8, constants),
+        helper.make_node("Add", ["a", "d_norm"], ["b"], "add"),
+        helper.make_node(
+            "Conv", ["b", "grouped", "grouped_bias"], ["g"], "grouped.conv", group=2,
+            pads=[1, 0, 0, 1],
+        ),
+        helper.make_node("Relu", ["g"], ["c"], "relu2"),
+        helper.make_node("ConvTranspose", ["c", "up"], ["u"], "up.conv", strides=[2, 2]),
+        helper.make_node("GlobalAveragePool", ["u"], ["p"], "pool"),
+        helper.make_node("Flatten", ["p"], ["f"], "flatten"),
+        helper.make_node("Gemm", ["f", "fc", "fc_bias"], ["h"], "fc", transB=1),
+        helper.make_node("Relu", ["h"], ["r"], "relu3"),
+        helper.make_node("MatMul", ["r", "head"], ["y"], "head"),
+    ]  # fmt: skip
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    graph = helper.make_graph(
+        nodes,
+        "cnn",
+        [helper.make_tensor_value_info("x", kind, ("batch", 3, 12, 12))],
+        [helper.make_tensor_value_info("y", kind, ("batch", 3))],
+        [
+            numpy_helper.from_array(v.astype(dtype) if v.dtype == np.float32 else v, name)
+            for name, v in constants.items()
+        ],
+    )
+    opsets = [helper.make_opsetid("", opset)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8, producer_name="someone")
+
+
+def batchnorm(name: str, channels: int, constants: dict[str, np.ndarray]) -> list[onnx.NodeProto]:
+    names = [f"{name}_{part}" for part in ("gamma", "beta", "mean", "var")]
+    for seed, part in enumerate(names):
+        constants[part] = random(channels, seed=seed)
+    constants[names[3]] = np.abs(constants[names[3]]) + np.float32(0.2)
+    return [
+        helper.make_node("BatchNormalization", [name, *names], [f"{name}_norm"], f"{name}.norm")
+    ]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    onnx.save(cnn(), tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def run(path: Path, x: np.ndarray = IMAGES) -> np.ndarray:
+    """What onnxruntime makes of a file; products of matrices stay in float32."""
+    found = session(onnx.load(path))
+    result: np.ndarray = found.run(None, {found.get_inputs()[0].name: x})[0]
+    return result
+
+
+def merged(path: Path) -> list[str]:
+    """Operators that are left after onnxruntime's own passes."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdqisint8allowed", "1")  # on x86 as elsewhere
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(path.with_suffix(".merged"))
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+
+
+# --- files in and out -----------------------------------------------------------------------------
+
+SPECS = [QuantSpec(b, symmetric=s) for b in (2, 3, 4, 6, 7) for s in (True, False)]
+
+
+@pytest.mark.parametrize("spec", [*SPECS, QuantSpec(8, symmetric=True)], ids=repr)
+def test_file_computes_what_the_quantized_module_does(
+    spec: QuantSpec, source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "q.onnx"
+    report = quantize_onnx(source, IMAGES, spec, out)
+    module = OnnxModule(read_model(source))
+    again = quantize(module, [{"x": torch.from_numpy(IMAGES)}], spec, progress=False)
+    with torch.no_grad():
+        expected = module(torch.from_numpy(IMAGES)).numpy()
+    np.testing.assert_allclose(run(out), expected, rtol=1e-4, atol=1e-4)
+    assert len(report.layers) == 6 and report.relative_error > 0
+
+    stored = {item.name: item.weight for item in inspect_onnx(out)}
+    for ours, same in zip(report.layers, again.layers, strict=True):
+        assert torch.equal(ours.codes, same.codes)
+        node = module.nodes[ours.name]
+        integers = ours.codes.short() - ours.zero_point.short()
+        wanted = as_weight(module.get_submodule(ours.name), integers).numpy()
+        if node.op_type == "MatMul":
+            wanted = wanted.T
+        values = stored[node.input[1]].values
+        assert values.dtype == np.int8
+        assert np.array_equal(
+            np.abs(values.astype(int)), np.abs(wanted)
+        )  # gammas below 0 turn the sign
+        if node.name not in ("stem.conv", "depthwise.conv"):
+            assert np.array_equal(values, wanted)
+
+
+def test_all_but_weights_and_folded_batchnorms_is_kept(source: Path, tmp_path: Path) -> None:
+    quantize_onnx(source, IMAGES, QuantSpec(4), tmp_path / "q.onnx")
+    before, after = onnx.load(source), onnx.load(tmp_path / "q.onnx")
+    kept = [(n.name, n.op_type) for n in before.graph.node if n.op_type != "BatchNormalization"]
+    found = [(n.name, n.op_type) for n in after.graph.node if n.op_type != "DequantizeLinear"]
+    assert found == kept
+    assert list(after.graph.input) == list(before.graph.input)
+    assert list(after.graph.output) == list(before.graph.output)
+    assert after.producer_name == "someone" and after.opset_import == before.opset_import
+    onnx.checker.check_model(after, full_check=True)
+
+
+def test_corrected_biases_are_stored(source: Path, tmp_path: Path) -> None:
+    report = quantize_onnx(source, IMAGES, QuantSpec(2), tmp_path / "q.onnx")
+    assert {"grouped_conv", "fc", "s_norm", "d_norm"} == {
+        name.replace(".", "_") for name in report.corrected
+    }
+    plain = quantize_onnx(
+        source, IMAGES, QuantSpec(2), tmp_path / "p.onnx", bias_correction=False, batchnorm="keep"
+    )
+    assert not plain.corrected
+    for name in ("grouped_bias", "fc_bias"):
+        stored, kept, old = (
+            {t.name: numpy_helper.to_array(t) for t in onnx.load(p).graph.initializer}[name]
+            for p in (tmp_path / "q.onnx", tmp_path / "p.onnx", source)
+        )
+        assert np.array_equal(kept, old) and not np.array_equal(stored, old)
+
+
+def test_same_inputs_same_bytes(source: Path, tmp_path: Path) -> None:
+    for name in ("a.onnx", "b.onnx"):
+        quantize_onnx(source, IMAGES, QuantSpec(3), tmp_path / name, activations="uint8")
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_groups_become_blocks(source: Path, tmp_path: Path) -> None:
+    spec, out = QuantSpec(4, group_size=9), tmp_path / "q.onnx"
+    report = quantize_onnx(source, IMAGES, spec, out, skip=["depthwise*", "up*", "fc", "head"])
+    stored = {item.name: item.weight for item in inspect_onnx(out)}
+    assert (stored["stem"].axis, stored["stem"].block, stored["stem"].scale.shape) == (
+        1, 1, (8, 3, 3, 3),
+    )  # fmt: skip
+    module = OnnxModule(read_model(source))
+    quantize(
+        module, [{"x": torch.from_numpy(IMAGES)}], spec, progress=False,
+        skip=["depthwise*", "up*", "fc", "head"],
+    )  # fmt: skip
+    with torch.no_grad():
+        expected = module(torch.from_numpy(IMAGES)).numpy()
+    np.testing.assert_allclose(run(out), expected, rtol=1e-4, atol=1e-4)
+    assert set(report.skipped) >= {"depthwise_conv", "up_conv", "fc", "head"}
+
+
+def test_float16_files_keep_their_dtype(tmp_path: Path) -> None:
+    onnx.save(cnn(dtype=np.float16), tmp_path / "half.onnx")
+    x, out = IMAGES.astype(np.float16), tmp_path / "q.onnx"
+    quantize_onnx(tmp_path / "half.onnx", x, QuantSpec(8, symmetric=True), out)
+    found, before = run(out, x), run(tmp_path / "half.onnx", x)
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(found, before, atol=0.1)
+    with pytest.raises(ValueError, match="float32"):
+        quantize_onnx(tmp_path / "half.onnx", x, QuantSpec(4), out, activations="uint8")
+
+
+# --- activations ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+def test_layers_compute_on_integers(dtype: str, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q.onnx"
+    report = quantize_onnx(source, IMAGES, QuantSpec(6), out, activations=dtype)
+    left = merged(out)
+    assert left.count("QLinearConv") == 3 and left.count("QGemm") == 1
+    assert left.count("QLinearAdd") == 1 and left.count("QLinearGlobalAveragePool") == 1
+    assert not set(left) & {"Conv", "FusedConv", "Pad", "Relu", "Gemm", "BatchNormalization"}
+    notes = {layer.name: layer.notes for layer in report.layers if layer.notes}
+    assert notes == {"up_conv": ("computes on floats: onnxruntime has no integer ConvTranspose",)}
+    quantize_onnx(source, IMAGES, QuantSpec(6), tmp_path / "w.onnx")
+    found, expected = run(out), run(tmp_path / "w.onnx")
+    assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
+    assert np.abs(found - expected).max() > 0
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "mse", "percentile"])
+def test_every_range_rule_keeps_the_output(ranges: str, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q.onnx"
+    quantize_onnx(source, IMAGES, QuantSpec(7), out, activations="uint8", ranges=ranges)
+    expected = run(source)
+    assert np.abs(run(out) - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def test_channels_whose_bias_is_beyond_int32_get_a_larger_scale(tmp_path: Path) -> None:
+    model = cnn()
+    for tensor in model.graph.initializer:
+        if tensor.name == "grouped":
+            weight = numpy_helper.to_array(tensor).copy()
+            weight[1] *= 1e-9
+            tensor.CopyFrom(numpy_helper.from_array(weight, "grouped"))
+    onnx.save(model, tmp_path / "model.onnx")
+    out = tmp_path / "q.onnx"
+    report = quantize_onnx(tmp_path / "model.onnx", IMAGES, QuantSpec(6), out, activations="uint8")
+    assert report["grouped_conv"].notes == ("1 channels of larger scale, for int32",)
+    expected = run(tmp_path / "model.onnx")
+    assert np.abs(run(out) - expected).max() < 0.1 * np.abs(expected).max()
+    (weight,) = (item.weight for item in inspect_onnx(out) if item.name == "grouped")
+    assert not weight.values[1].any() and weight.values[0].any()
+
+
+def test_unknown_rules_are_refused(source: Path, tmp_path: Path) -> None:
+    for options, match in (
+        ({"activations": "uint4"}, r"activations must be one of .*'uint4'"),
+        ({"activations": "uint8", "ranges": "max"}, r"ranges must be one of .*'max'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            quantize_onnx(source, IMAGES, QuantSpec(4), tmp_path / "q.onnx", **options)
+    assert not (tmp_path / "q.onnx").exists()
+
+
+# --- files that are not what they should be -------------------------------------------------------
+
+
+def test_failure_leaves_the_old_file(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "q.onnx"
+    quantize_onnx(source, IMAGES, QuantSpec(4), out)
+    before = out.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(onnx_format.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        quantize_onnx(source, IMAGES, QuantSpec(3), out)
+    assert out.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "q.onnx"]
+
+
+def test_a_file_that_reads_back_otherwise_does_not_count(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that flips a bit of a weight between writing and reading."""
+    load = onnx.load
+
+    def flipped(path: str) -> onnx.ModelProto:
+        model = load(path)
+        for tensor in model.graph.initializer:
+            if tensor.name == "grouped_quantized":
+                values = numpy_helper.to_array(tensor).copy()
+                values.flat[3] ^= 1
+                tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+        return model
+
+    monkeypatch.setattr(onnx_format.onnx, "load", flipped)
+    with pytest.raises(ValueError, match="not those that were saved"):
+        quantize_onnx(source, IMAGES, QuantSpec(4), tmp_path / "q.onnx")
+    assert not (tmp_path / "q.onnx").exists()
+
+
+def changed(path: Path, change: Callable[[onnx.ModelProto], object]) -> Path:
+    model = onnx.load(path)
+    change(model)
+    onnx.save(model, path)
+    return path
+
+
+def tensor(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
+    return next(item for item in model.graph.initializer if item.name == name)
+
+
+def edit(name: str, function: Callable[[np.ndarray], np.ndarray]) -> Callable[[Any], None]:
+    def change(model: onnx.ModelProto) -> None:
+        found = tensor(model, name)
+        found.CopyFrom(numpy_helper.from_array(function(numpy_helper.to_array(found)), name))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (edit("stem_quantized", lambda v: v ^ 1), "not those that were saved"),
+        (edit("stem_scale", lambda v: v * 2), "not those that were saved"),
+        (edit("stem_quantized", lambda v: v.astype(np.uint8)), "'stem' is not int8"),
+        (lambda m: helper.set_model_props(m, {}), "not written by sapq_triton"),
+        (lambda m: helper.set_model_props(m, {"sapq_triton": "[]"}), "not written by sapq_triton"),
+        (lambda m: m.graph.node[1].output.__setitem__(0, "other"), "no valid ONNX model"),
+        (
+            lambda m: helper.set_model_props(
+                m, {"sapq_triton": json.dumps({"bits": {"grouped_bias": 4}, "sha256": ""})}
+            ),
+            "no DequantizeLinear makes the weight 'grouped_bias'",
+        ),
+    ],
+    ids=["code", "scale", "dtype", "no metadata", "bad metadata", "edge", "other weight"],
+)  # fmt: skip
+def test_tampered_files_are_refused(
+    change: Callable[[onnx.ModelProto], object], match: str, source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "q.onnx"
+    quantize_onnx(source, IMAGES, QuantSpec(4), out)
+    assert len(inspect_onnx(out)) == 6
+    with pytest.raises(ValueError, match=match):
+        inspect_onnx(changed(out, change))
+
+
+def test_other_files_are_refused(source: Path, tmp_path: Path) -> None:
+    data = source.read_bytes()
+    for name, content in (
+        ("truncated", data[: len(data) // 2]),
+        ("empty", b""),
+        ("text", b"these are not the weights you are looking for"),
+        ("zip", b"PK\x03\x04" + bytes(50)),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is no (valid )?ONNX model"):
+            quantize_onnx(path, IMAGES, QuantSpec(4), tmp_path / "q.onnx")
+    with pytest.raises(FileNotFoundError):
+        quantize_onnx(tmp_path / "missing", IMAGES, QuantSpec(4), tmp_path / "q.onnx")
+
+
+def test_what_int8_cannot_hold_is_refused_before_the_work(source: Path, tmp_path: Path) -> None:
+    for spec, options in (
+        (QuantSpec(8), {}),
+        (QuantSpec(4), {"overrides": {"fc": QuantSpec(8)}}),
+    ):
+        with pytest.raises(ValueError, match=r"int8.*symmetric=True.*7 bits"):
+            quantize_onnx(source, iter(()), spec, tmp_path / "q.onnx", **options)
+    with pytest.raises(ValueError, match="no folder"):
+        quantize_onnx(source, iter(()), QuantSpec(4), tmp_path / "missing" / "q.onnx")
+
+
+def test_negative_gamma_over_minus_128_keeps_its_batchnorm(tmp_path: Path) -> None:
+    model = cnn()
+    change = edit("stem", lambda v: np.concatenate([-np.abs(v[:, :, :1]) * 3, v[:, :, 1:]], 2))
+    change(model)
+    edit("s_gamma", lambda v: -np.abs(v))(model)
+    onnx.save(model, tmp_path / "model.onnx")
+    out = tmp_path / "q.onnx"
+    spec = QuantSpec(8, symmetric=True, scale_search="absmax")
+    report = quantize_onnx(tmp_path / "model.onnx", IMAGES, spec, out)
+    reason = "not folded: gamma is negative where the layer has a weight of -128"
+    assert report.skipped["s.norm"] == reason
+    expected = run(tmp_path / "model.onnx")
+    np.testing.assert_allclose(run(out), expected, atol=0.05 * np.abs(expected).max())
+
+
+# --- modules out ----------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, bias=False)
+        self.norm1 = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.norm2 = nn.BatchNorm2d(8)
+        self.up = nn.ConvTranspose2d(8, 6, 2, stride=2, groups=2)
+        self.hidden = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 4)
+        for norm in (self.norm1, self.norm2):
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+            nn.init.normal_(norm.get_buffer("running_mean"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm1(self.stem(F.pad(x, (0, 1, 0, 1)))))
+        x = self.up(x + F.relu6(self.norm2(self.depthwise(x))))
+        x = F.relu(self.hidden(x.flatten(2).transpose(1, 2))).mean(1)
+        result: Tensor = self.head(x)
+        return result
+
+
+def quantized(pack: bool) -> tuple[nn.Module, Report]:
+    torch.manual_seed(0)
+    model = Net().eval()
+    images = torch.from_numpy(IMAGES)
+    return model, quantize(model, [images], QuantSpec(4), pack=pack, progress=False)
+
+
+def test_exported_packed_module(tmp_path: Path) -> None:
+    model, report = quantized(pack=True)
+    out, images = tmp_path / "q.onnx", torch.from_numpy(IMAGES)
+    assert not export_onnx(model, images[:1], out)
+    with torch.no_grad():
+        expected = model(images).numpy()
+    np.testing.assert_allclose(run(out), expected, rtol=1e-4, atol=1e-4)
+    stored = {item.name: item.weight.values for item in inspect_onnx(out)}
+    assert set(stored) == {f"{layer.name}.weight" for layer in report.layers}
+    for layer in report.layers:
+        integers = as_weight(
+            model.get_submodule(layer.name), layer.codes.short() - layer.zero_point.short()
+        )
+        assert np.array_equal(np.abs(stored[f"{layer.name}.weight"]), np.abs(integers.numpy()))
+    left = {node.op_type for node in onnx.load(out).graph.node}
+    assert "BatchNormalization" not in left
+    assert str(Path(__file__).parent).encode() not in out.read_bytes()  # no stack traces
+
+
+def test_exported_module_with_report_and_activations(tmp_path: Path) -> None:
+    model, report = quantized(pack=False)
+    out, images = tmp_path / "q.onnx", torch.from_numpy(IMAGES)
+    notes = export_onnx(
+        model, images[:2], out, report=report, batches=[images], activations="uint8"
+    )
+    assert list(notes.values()) == ["computes on floats: onnxruntime has no integer ConvTranspose"]
+    left = merged(out)
+    assert left.count("QLinearConv") == 2 and left.count("QGemm") == 1
+    assert left.count("QLinearMatMul") + left.count("MatMulIntegerToFloat") == 1
+    with torch.no_grad():
+        expected = model(images).numpy()
+    assert np.abs(run(out) - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_modules_that_do_not_fit_their_report_are_refused(tmp_path: Path) -> None:
+    model, report = quantized(False)
+    images, out = torch.from_numpy(IMAGES), tmp_path / "q.onnx"
+    with pytest.raises(ValueError, match="no packed layers"):
+        export_onnx(model, images, out)
+    with torch.no_grad():
+        model.get_submodule("up").weight.view(-1)[5] += 1
+    with pytest.raises(ValueError, match="'up' is not what the report says"):
+        export_onnx(model, images, out, report=report)
+    with pytest.raises(ValueError, match="'stem' that the model has not"):
+        export_onnx(nn.Sequential(nn.Linear(2, 2)), images, out, report=report)
+    assert not out.exists()
