@@ -1,4 +1,4 @@
-"""The command line: sapq-triton quantize MODEL, sapq-triton inspect FOLDER."""
+"""The command line: sapq-triton quantize MODEL, sapq-triton inspect MODEL."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ import torch
 from .formats import FORMATS, Stored
 from .formats.folder import CONFIG, read_json
 from .language import DTYPES, quantize_folder
-from .spec import Order
+from .spec import Order, QuantSpec
 
 MEGABYTE = 10**6
 
@@ -33,12 +33,17 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("quantize", help="quantize a model and save it")
     command.set_defaults(run=_quantize)
-    command.add_argument("model", type=Path, help="folder of a transformers language model")
-    command.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    command.add_argument("--calibration", type=Path, required=True, metavar="TEXT", help="UTF-8")
+    command.add_argument(
+        "model", type=Path, help="folder of a transformers language model, or an ONNX file"
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="PATH")
+    command.add_argument(
+        "--calibration", type=Path, required=True, metavar="PATH",
+        help="UTF-8 text; for an ONNX file .npz, .npy, or a folder of images",
+    )  # fmt: skip
     command.add_argument("--bits", type=int, default=4, help="2 to 8 (default 4)")
     command.add_argument(
-        "--group-size", type=int, default=128, help="columns of one scale, -1: all (default 128)"
+        "--group-size", type=int, help="columns of one scale, -1: all (default 128, ONNX -1)"
     )
     grid = command.add_mutually_exclusive_group()
     grid.add_argument("--symmetric", action="store_true", default=True, help="(default)")
@@ -59,21 +64,55 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: as stored)")
 
-    command = commands.add_parser("inspect", help="show what a quantized folder holds")
+    onnx = command.add_argument_group("ONNX files")
+    onnx.add_argument(
+        "--activations", choices=("uint8", "int8"), help="quantize them too (default: floats)"
+    )
+    onnx.add_argument("--mean", type=float, nargs="+", default=[0.0], help="of pixels, 0 to 255")
+    onnx.add_argument("--std", type=float, nargs="+", default=[255.0], help="of pixels")
+    onnx.add_argument("--size", type=int, help="side of the images (default: what the model takes)")
+
+    command = commands.add_parser("inspect", help="show what a quantized folder or ONNX file holds")
     command.set_defaults(run=_inspect)
-    command.add_argument("folder", type=Path)
+    command.add_argument("folder", type=Path, metavar="MODEL")
     return parser
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
     if arguments.model.suffix == ".onnx":
-        raise ValueError(f"{arguments.model}: this command quantizes folders, not ONNX files")
+        _quantize_onnx(arguments)
+    else:
+        _quantize_folder(arguments)
+
+
+def _quantize_onnx(arguments: argparse.Namespace) -> None:
+    from .formats.onnx import quantize_onnx
+
+    group_size = -1 if arguments.group_size is None else arguments.group_size
+    report = quantize_onnx(
+        arguments.model,
+        arguments.calibration,
+        QuantSpec(arguments.bits, group_size, arguments.symmetric),
+        arguments.out,
+        activations=arguments.activations,
+        mean=arguments.mean,
+        std=arguments.std,
+        size=arguments.size,
+        order=arguments.order,
+        skip=arguments.skip,
+    )
+    print(report)
+    sizes = [path.stat().st_size / MEGABYTE for path in (arguments.model, arguments.out)]
+    print(f"{arguments.out}: ONNX, {sizes[1]:.1f} MB of {sizes[0]:.1f} MB")
+
+
+def _quantize_folder(arguments: argparse.Namespace) -> None:
     report = quantize_folder(
         arguments.model,
         arguments.out,
         arguments.calibration,
         bits=arguments.bits,
-        group_size=arguments.group_size,
+        group_size=128 if arguments.group_size is None else arguments.group_size,
         symmetric=arguments.symmetric,
         format=arguments.format,
         order=arguments.order,
@@ -100,6 +139,11 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
+    if arguments.folder.suffix == ".onnx":
+        from .formats.onnx import inspect_onnx
+
+        print(*inspect_onnx(arguments.folder), sep="\n")
+        return
     stored = Stored.of(arguments.folder)
     width = max(map(len, stored.layers))
     print(f"{'layer':{width}} {'kind':16} {'weight':>18} bits  group  zero point        MB  error")

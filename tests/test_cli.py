@@ -191,7 +191,7 @@ def test_folders_that_are_refused(
 
     rest = ["--calibration", text, "--out", tmp_path / "out", *QUICK]
     refused("is not a model folder: it has no config.json", "quantize", tmp_path, *rest)
-    refused("quantizes folders, not ONNX files", "quantize", tmp_path / "model.onnx", *rest)
+    refused("No such file", "quantize", tmp_path / "model.onnx", *rest)
     refused(
         "none.txt is not a file", "quantize", source, *rest[:1], tmp_path / "none.txt", *rest[2:]
     )

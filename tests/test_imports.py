@@ -98,6 +98,25 @@ def test_files_know_packed_layers_and_no_package_of_others(name: str) -> None:
     assert packages(others) <= {"torch"}
 
 
+ONNX_FILES = {  # file -> modules of ours that it may import: the graph knows no modules
+    "onnx_graph": set(),
+    "onnx_module": {"onnx_graph"},
+    "onnx_activations": {"onnx_graph", "onnx_module"},
+    "onnx_calibration": {"onnx_graph"},
+    "onnx": {"layers", "packed", "quantize", "report", "spec"},
+}
+
+
+@pytest.mark.parametrize("name", ONNX_FILES)
+def test_onnx_graphs_do_not_know_the_method(name: str) -> None:
+    ours, others = imports(FILES / f"{name}.py")
+    inside = set(ONNX_FILES) - {"onnx"} if name == "onnx" else set()
+    assert ours <= ONNX_FILES[name] | inside
+    free = {"torch"} if name in ("onnx", "onnx_module") else set()
+    extra = {"onnx", "onnxruntime", "onnxscript", "google", "PIL", "numpy"}
+    assert packages(others) <= extra | free
+
+
 def test_the_command_line_is_outermost() -> None:
     rooms = {"formats", "layers", "quantize", "report", "spec", "targets"}
     ours, others = imports(ROOT / "sapq_triton" / "language.py")

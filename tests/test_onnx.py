@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from sapq_triton import QuantSpec, Report, quantize
+from sapq_triton.cli import main
 from sapq_triton.formats import onnx as onnx_format
 from sapq_triton.formats.onnx import export_onnx, inspect_onnx, read_model
 from sapq_triton.formats.onnx_module import OnnxModule, session
@@ -393,6 +394,27 @@ def test_negative_gamma_over_minus_128_keeps_its_batchnorm(tmp_path: Path) -> No
     assert report.skipped["s.norm"] == reason
     expected = run(tmp_path / "model.onnx")
     np.testing.assert_allclose(run(out), expected, atol=0.05 * np.abs(expected).max())
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def test_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "images.npz", images=IMAGES)
+    out = tmp_path / "q.onnx"
+    command = ["quantize", source, "--calibration", tmp_path / "images.npz", "--out", out]
+    assert main([*map(str, command), "--bits", "3", "--activations", "uint8"]) == 0
+    assert "stem_conv" in (printed := capsys.readouterr().out)
+    assert "MB of" in printed and "onnxruntime has no integer ConvTranspose" in printed
+    spec = QuantSpec(3, symmetric=True)
+    quantize_onnx(source, IMAGES, spec, tmp_path / "same.onnx", activations="uint8")
+    assert out.read_bytes() == (tmp_path / "same.onnx").read_bytes()
+
+    assert main(["inspect", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and all("3 bits in int8" in line for line in lines)
+    assert main(["inspect", str(source)]) == 2
+    assert "not written by sapq_triton" in capsys.readouterr().err
 
 
 # --- modules out ----------------------------------------------------------------------------------
