@@ -126,6 +126,27 @@ def test_the_command_line_is_outermost() -> None:
             assert not imports(path)[0] & {"cli", "language"}, path
 
 
+def imported_at_once(path: Path) -> set[str]:
+    """Packages that importing a file imports: not those that its functions import."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            names.add(node.module)
+    return packages(names)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("sapq_triton/integrations/*.py")), ids=lambda p: p.stem
+)
+def test_integrations_import_their_package_when_it_is_patched(path: Path) -> None:
+    ours, _ = imports(path)
+    inside = {file.stem for file in path.parent.glob("*.py")}
+    assert ours <= inside | {"dropin", "hessian", "layers", "ops", "solver", "spec"}
+    assert imported_at_once(path) <= {"torch"}
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("sapq_triton/**/*.py")), ids=lambda p: p.stem)
 def test_own_modules_are_imported_relatively(path: Path) -> None:
     """An absolute import of ours may find another installation, and escapes the tests above."""

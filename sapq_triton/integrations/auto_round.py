@@ -4,8 +4,8 @@
     AutoRound(model, tokenizer, scheme="W4A16", alg_configs="sapq").quantize_and_save(...)
 
 Each layer's grid is the one that its plain rounding finds (bits, symmetry, groups, negative scales
-of its symmetric scheme included); our solver chooses the codes on it, with the Hessian of the
-layer's inputs in the full-precision block. Layers whose scheme is no integer grid, or that saw no
+of its symmetric scheme included); our solver chooses the codes on it, with the Hessian of what the
+layer gets behind quantized blocks. Layers whose scheme is no integer grid, or that saw no
 input, keep plain rounding. There is no official way to unregister: after `unpatch`, "sapq" is a
 ValueError.
 """
@@ -47,7 +47,7 @@ def _register() -> None:
     if _registered:
         return
     from auto_round.algorithms.quantization.base import BaseQuantizer
-    from auto_round.algorithms.quantization.rtn.config import OptimizedRTNConfig
+    from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
     from auto_round.algorithms.registry import register_algorithm, register_pipeline_member
     from auto_round.utils import check_to_quantized
 
@@ -55,12 +55,12 @@ def _register() -> None:
         BaseQuantizer._quantize_layer_via_rtn, ("self", "layer", "disable_opt_rtn"), KNOWN_VERSIONS
     )
 
-    class SAPQConfig(OptimizedRTNConfig):
-        """Plain rounding's options; calibration data is needed."""
+    class SAPQConfig(SignRoundConfig):  # AutoRound makes its compressor for heirs of this one
+        """No options of its own: those of `patch`."""
 
         def __init__(self, **kwargs: Any) -> None:
             _current()
-            super().__init__(**{"disable_opt_rtn": True, **kwargs})
+            super().__init__(**kwargs)
 
     @register_pipeline_member(SAPQConfig)
     class SAPQQuantizer(BaseQuantizer):
@@ -68,12 +68,13 @@ def _register() -> None:
 
         def __init__(self, config: SAPQConfig) -> None:
             super().__init__(config)
+            self.enable_quanted_input = True  # calibrate on the outputs of quantized blocks
             self._sums: dict[nn.Module, HessianSum] = {}
 
         def can_compile_block_forward(self) -> bool:
             return False  # hooks look at the inputs of its layers
 
-        def register_fp_input_forward_hooks(self, block: nn.Module) -> list[Any]:
+        def register_qinput_forward_hooks(self, block: nn.Module) -> list[Any]:
             matrices = {
                 module: layers.weight_matrix(module)
                 for module in block.modules()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -37,7 +37,9 @@ class Options:
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
-        # a problem of one weight: the solver says what it thinks of its options
+        if self.backend not in get_args(Backend):
+            raise ValueError(f"backend must be one of {get_args(Backend)}, got {self.backend!r}")
+        # a problem of one weight: the solver says what it thinks of the others
         one, damp = torch.ones(1, 1), 0.01 if self.damp is None else self.damp
         solve(one, one, QuantSpec(), **{**self.for_solver(damp), "backend": "reference"})
 
