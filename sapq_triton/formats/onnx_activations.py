@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from .onnx_graph import Array, Graph, IntegerWeight, attributes
+from .onnx_graph import Array, Graph, IntegerWeight, attributes, reads
 from .onnx_module import session
 
 ActivationDtype = Literal["uint8", "int8"]
@@ -72,7 +72,9 @@ def quantize_activations(
     dtype: "uint8", or "int8", which onnxruntime on x86 merges fully only where the session has the
     configuration entry "session.qdqisint8allowed" = "1". ranges: of each activation over the
     batches: "minmax", "percentile" (leaves out 0.01 % of the values) or "mse" (least squared
-    rounding error).
+    rounding error). On x86 processors without VNNI onnxruntime may saturate where weights beyond
+    +-64 meet uint8 activations: symmetric grids of up to 7 bits and asymmetric ones of up to 6 stay
+    below that.
     """
     check_options(dtype, ranges)
     layers, left_out = _layers(graph, weights)
@@ -164,7 +166,7 @@ def _upstream(graph: Graph, names: list[str]) -> set[int]:
         node = graph.producers.get(names.pop())
         if node is not None and id(node) not in found:
             found.add(id(node))
-            names += node.input
+            names += reads(node)
     return found
 
 
@@ -204,6 +206,8 @@ def _ranges(
     for batch in batches:
         found = values(batch)
         for name in names:
+            if found[name].dtype != np.float32:
+                raise ValueError(f"activations must be float32, {name!r} is {found[name].dtype}")
             low, high = float(found[name].min()), float(found[name].max())
             if not np.isfinite((low, high)).all():
                 raise ValueError(f"the activation {name!r} holds NaN or Inf during calibration")
@@ -287,18 +291,13 @@ def _fit_scale(
     scale = np.where(weight.scale < least, least, weight.scale).astype(np.float32)
     if (scale == weight.scale).all():
         return 0
-    shape = [1] * weight.values.ndim
-    shape[weight.axis] = -1
-    ratio = (weight.scale.astype(np.float64) / scale).reshape(shape)
+    ratio = weight.along_axis(weight.scale.astype(np.float64) / scale)
     values = np.rint(weight.values * ratio).astype(np.int8)
-    raised = (weight.values.any(_others(weight), keepdims=False)) & (scale != weight.scale)
+    others = tuple(axis for axis in range(weight.values.ndim) if axis != weight.axis)
+    raised = weight.values.any(others) & (scale != weight.scale)
     weights[name] = replace(weight, values=values, scale=scale)
     graph.update_weight(name, weights[name])
     return int(raised.sum())
-
-
-def _others(weight: IntegerWeight) -> tuple[int, ...]:
-    return tuple(axis for axis in range(weight.values.ndim) if axis != weight.axis)
 
 
 def _quantize_bias(

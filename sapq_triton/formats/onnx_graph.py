@@ -42,9 +42,11 @@ class IntegerWeight:
         """float32, as DequantizeLinear computes it"""
         if self.block:
             return self.values * np.repeat(self.scale, self.block, self.axis)
-        shape = [1] * self.values.ndim
-        shape[self.axis] = -1
-        return self.values * self.scale.reshape(shape)
+        return self.values * self.along_axis(self.scale)
+
+    def along_axis(self, channels: Array) -> Array:
+        """One value per slice, broadcastable to `values`"""
+        return np.expand_dims(channels, tuple(a for a in range(self.values.ndim) if a != self.axis))
 
     def times(self, factor: Array) -> "IntegerWeight | None":
         """The weight times a factor that broadcasts to its shape; None where int8 cannot hold it.
