@@ -197,7 +197,11 @@ PIPELINES: dict[str, Pipeline] = {
     "neural_compressor": neural_compressor,
     "auto_round": auto_round,
 }
-DISTRIBUTIONS = {"neural_compressor": "neural-compressor-pt", "auto_round": "auto-round"}
+DISTRIBUTIONS = {  # where it is not the import name
+    "auto_round": "auto-round",
+    "modelopt": "nvidia-modelopt",
+    "neural_compressor": "neural-compressor-pt",
+}
 
 
 @dataclass(frozen=True)
