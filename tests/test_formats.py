@@ -542,6 +542,8 @@ DAMAGE: list[tuple[Change, str]] = [
     (lambda t: t.update({"first.scales": t["first.scales"] / 0}), r"scales' holds NaN or Inf"),
     (lambda t: t.update({"first.qzeros": t["first.qzeros"] * 0 - 1}),
      r"'first\.qzeros' holds zero point 16; codes of 4 bits end at 15"),
+    (lambda t: t.update({"first.qweight": t["first.qweight"].flatten()}),
+     r"'first\.qweight' must have 2 axes, got \(768,\)"),
     (lambda t: t.update({"first.qweight": t["first.qweight"].T}),
      r"'first' is a Linear of \[8, 64\], in the model a Linear of \[96, 64\]"),
     (lambda t: t.update({f"other.{x}": t[f"first.{x}"].clone() for x in ("qweight", "scales")}),
@@ -635,6 +637,16 @@ def test_an_index_that_lies(tmp_path: Path) -> None:
     refused_unchanged(folder, "has no weight_map")
     path.write_text("{")
     refused_unchanged(folder, "cannot be read as JSON")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_loaded_model_does_not_follow_its_file(tmp_path: Path, format: str) -> None:
+    net = packed_net(W4)
+    save(net, tmp_path / "net", format)
+    loaded = load(tmp_path / "net", Net())
+    with open(tmp_path / "net" / "model.safetensors", "r+b") as file:
+        file.write(b"\xff" * (tmp_path / "net" / "model.safetensors").stat().st_size)
+    assert_same_state(loaded, state(net))
 
 
 def test_pickles_are_not_read(tmp_path: Path) -> None:

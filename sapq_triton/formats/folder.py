@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ def optional(name: str) -> Any:
         raise ModuleNotFoundError(
             f"{missing.name} is not installed: pip install 'sapq-triton[hf]'", name=missing.name
         ) from missing
+
+
+def program() -> str:
+    """Name and version, for files; a checkout that is not installed has none."""
+    try:
+        return f"sapq-triton:{version('sapq-triton')}"
+    except PackageNotFoundError:
+        return "sapq-triton"
 
 
 @contextmanager
@@ -204,6 +213,7 @@ class Tensors:
     files: Mapping[str, str] = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     dtypes: Mapping[str, str] = field(repr=False)
+    _opened: Mapping[str, Any] = field(repr=False)  # files by name
 
     @classmethod
     def of(cls, folder: Path) -> "Tensors":
@@ -211,18 +221,19 @@ class Tensors:
         shapes: dict[str, tuple[int, ...]] = {}
         dtypes: dict[str, str] = {}
         promised = _weight_map(folder)
+        opened = {}
         for file in dict.fromkeys(promised.values()) if promised else [WEIGHTS]:
-            with _opened(folder / file) as opened:
-                for name in opened.keys():  # noqa: SIM118  (not a dict)
-                    if promised and promised.get(name) != file:
-                        raise ValueError(f"{folder / file}: {INDEX} does not list {name!r} there")
-                    part = opened.get_slice(name)
-                    files[name], shapes[name] = file, tuple(part.get_shape())
-                    dtypes[name] = part.get_dtype()
+            opened[file] = _open(folder / file)
+            for name in opened[file].keys():  # noqa: SIM118  (not a dict)
+                if promised and promised.get(name) != file:
+                    raise ValueError(f"{folder / file}: {INDEX} does not list {name!r} there")
+                part = opened[file].get_slice(name)
+                files[name], shapes[name] = file, tuple(part.get_shape())
+                dtypes[name] = part.get_dtype()
         for name, file in promised.items():
             if name not in files:
                 raise ValueError(f"{folder / file}: tensor {name!r} of {INDEX} is missing")
-        return cls(folder, files, shapes, dtypes)
+        return cls(folder, files, shapes, dtypes, opened)
 
     def where(self, name: str) -> str:
         """For messages: the file and the tensor."""
@@ -252,8 +263,8 @@ class Tensors:
             raise ValueError(
                 f"{self.where(name)} must be {list(shape)}, got {list(self.shapes[name])}"
             )
-        with _opened(self.folder / self.files[name]) as opened:
-            tensor: Tensor = opened.get_tensor(name)
+        mapped: Tensor = self._opened[self.files[name]].get_tensor(name)
+        tensor = mapped.clone()  # what is in memory must not follow the file
         legal = list(dtypes)
         if legal and tensor.dtype not in legal:
             names = " or ".join(str(dtype).removeprefix("torch.") for dtype in legal)
@@ -297,13 +308,12 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return promised
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _open(path: Path) -> Any:
+    """The header is checked against the size of the file here."""
     safetensors = optional("safetensors")
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     try:
-        with safetensors.safe_open(path, framework="pt") as opened:
-            yield opened
+        return safetensors.safe_open(path, framework="pt")
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from None

@@ -15,16 +15,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..packed import PackedWeight
-from ..packing import pack, unpack, words
+from ..packing import WORD, pack, unpack, words
 from ..spec import QuantSpec
-from .folder import Tensors
+from .folder import Tensors, program
 from .layer import LINEAR, Outline, check_group_order, names_with, scale_dtype, take_scale
 
 BITS = (2, 3, 4, 8)
@@ -113,7 +112,7 @@ class GPTQ:
             "checkpoint_format": self.name,
             "pack_dtype": "int32",
             **({"dynamic": dynamic} if dynamic else {}),
-            "meta": {"quantizer": [f"sapq-triton:{version('sapq-triton')}"]},
+            "meta": {"quantizer": [program()]},
         }
 
     def outlines(
@@ -130,8 +129,13 @@ class GPTQ:
                 symmetric=options.get("sym", True),
                 scale_dtype=scale_dtype(tensors, f"{name}.scales"),
             )
-            lines, rows = tensors.shapes[f"{name}.qweight"]
-            columns = tensors.shapes.get(f"{name}.g_idx", (lines * 32 // spec.bits,))[0]
+            shape = tensors.shapes[f"{name}.qweight"]
+            if len(shape) != 2:
+                raise ValueError(
+                    f"{tensors.where(f'{name}.qweight')} must have 2 axes, got {shape}"
+                )
+            rows = shape[1]
+            columns = tensors.shapes.get(f"{name}.g_idx", (shape[0] * WORD // spec.bits,))[0]
             found.append(Outline(name, "Linear", (rows, columns), rows, columns, spec))
             grouped = 0 < spec.group_size < columns
             if options.get("desc_act") and grouped and f"{name}.g_idx" not in tensors:

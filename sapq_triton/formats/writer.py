@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from .folder import (
     CONFIG,
     MANIFEST,
     MANIFEST_VERSION,
+    program,
     refuse_foreign,
     replaced,
     sha256,
@@ -23,8 +23,10 @@ from .folder import (
     write_json,
     write_tensors,
 )
+from .gptq import GPTQ
 from .layer import Format, Outline, unpacked_linear
 from .reader import Stored, find_format
+from .sapq import Sapq
 
 
 def save(
@@ -66,7 +68,7 @@ def save(
     with replaced(target) as partial:
         write_tensors(partial, tensors, max_shard_size)
         write_json(partial / CONFIG, content)
-        if "gptq" in chosen.name:  # where older programs look
+        if isinstance(chosen, GPTQ):  # where older programs look
             write_json(partial / "quantize_config.json", content["quantization_config"])
         for file in map(Path, files):
             if (partial / file.name).exists() or file.name == MANIFEST:
@@ -90,8 +92,9 @@ def _packed(model: nn.Module) -> dict[str, PackedWeight]:
 def _check(chosen: Format, model: nn.Module, layers: Mapping[str, Outline]) -> None:
     for layer in layers.values():
         chosen.check(layer)
-    if chosen.name == "sapq":
+    if isinstance(chosen, Sapq):
         return
+    # what follows has no place in files whose readers build the model by themselves
     alone = {id(model.get_submodule(name)) for name in layers}
     for name, module in model.named_modules():
         if isinstance(module, PackedWeight) and id(module) not in alone:
@@ -150,7 +153,7 @@ def _manifest(
     errors = {x.name: x.relative_error for x in report.layers} if report else {}
     return {
         "version": MANIFEST_VERSION,
-        "writer": f"sapq-triton {version('sapq-triton')}",
+        "writer": program(),
         "format": chosen.name,
         "layers": {
             name: {
