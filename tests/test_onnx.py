@@ -19,6 +19,7 @@ from sapq_triton import QuantSpec, Report, quantize
 from sapq_triton.cli import main
 from sapq_triton.formats import onnx as onnx_format
 from sapq_triton.formats.onnx import export_onnx, exported_graph, inspect_onnx, read_model
+from sapq_triton.formats.onnx_activations import grid
 from sapq_triton.formats.onnx_module import OnnxModule, session
 from sapq_triton.layers import as_weight
 from sapq_triton.models.efficientnet_lite import load_efficientnet_lite0, preprocess
@@ -232,6 +233,35 @@ def test_layers_compute_on_integers(dtype: str, source: Path, tmp_path: Path) ->
     assert np.abs(found - expected).max() > 0
 
 
+def test_values_that_only_move_keep_their_grid(source: Path, tmp_path: Path) -> None:
+    quantize_onnx(source, IMAGES, QuantSpec(6), tmp_path / "q.onnx", activations="uint8")
+    initializers = onnx.load(tmp_path / "q.onnx").graph.initializer
+    stored = {item.name: numpy_helper.to_array(item) for item in initializers}
+    assert stored["p_scale"] == stored["f_scale"] and stored["f_scale"] != stored["r_scale"]
+    assert stored["p_zero_point"] == stored["f_zero_point"]
+
+
+@pytest.mark.parametrize(
+    "low, high, dtype, zero_point, ends",
+    [
+        (0.0, 6.0, "uint8", 0, (0, 6)),
+        (1.0, 6.0, "uint8", 0, (0, 6)),
+        (-3.0, -1.0, "uint8", 255, (-3, 0)),
+        (-1.0, 254.0, "uint8", 1, (-1, 254)),
+        (-1.0, 254.0, "int8", -127, (-1, 254)),
+        (0.0, 0.0, "uint8", 0, (0, 255)),
+    ],
+)
+def test_grid_spans_the_range_and_zero(
+    low: float, high: float, dtype: Any, zero_point: int, ends: tuple[float, float]
+) -> None:
+    found = grid(low, high, dtype)
+    info = np.iinfo(dtype)
+    assert found.zero_point == zero_point and found.zero_point.dtype == dtype
+    span = (np.array([info.min, info.max]) - int(found.zero_point)) * found.scale
+    np.testing.assert_allclose(span, ends, rtol=1e-6)
+
+
 @pytest.mark.parametrize("ranges", ["minmax", "mse", "percentile"])
 def test_every_range_rule_keeps_the_output(ranges: str, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "q.onnx"
@@ -357,6 +387,44 @@ def test_tampered_files_are_refused(
     assert len(inspect_onnx(out)) == 6
     with pytest.raises(ValueError, match=match):
         inspect_onnx(changed(out, change))
+
+
+def test_a_graph_without_layers_is_refused(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "test",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, (None, 3))],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, (None, 3))],
+    )
+    onnx.save(helper.make_model(graph, ir_version=10), tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match="no layer to quantize"):
+        quantize_onnx(tmp_path / "model.onnx", random(2, 3), QuantSpec(4), tmp_path / "q.onnx")
+
+
+def test_layers_that_share_a_weight_share_its_integers(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], "one", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Conv", ["b", "w"], ["y"], "two", pads=[1, 1, 1, 1]),
+    ]
+    shape = (None, 3, None, None)
+    graph = helper.make_graph(
+        nodes,
+        "test",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(random(3, 3, 3, 3) / 4, "w")],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    onnx.save(model, tmp_path / "model.onnx")
+    out = tmp_path / "q.onnx"
+    report = quantize_onnx(tmp_path / "model.onnx", IMAGES, QuantSpec(6), out, activations="uint8")
+    assert [layer.name for layer in report.layers] == ["one"]
+    assert report.skipped["two"] == "computes on floats: no quantized layer follows"
+    assert [item.name for item in inspect_onnx(out)] == ["w"]
+    expected = run(tmp_path / "model.onnx")
+    assert np.abs(run(out) - expected).max() < 0.1 * np.abs(expected).max()
 
 
 def test_other_files_are_refused(source: Path, tmp_path: Path) -> None:

@@ -89,8 +89,8 @@ def quantize_onnx(
         _check_spec(each)
     model = with_opset(read_model(path), PER_AXIS_OPSET)
     module = OnnxModule(model)
-    if activations is not None and (other := _other_than_float32(model)):
-        raise ValueError(f"activations need a graph in float32, but {other!r} is not")
+    if activations is not None:
+        _check_float32(Graph(model), module)
     batches = calibration_batches(model, images, mean=mean, std=std, size=size, batch=batch)
     tensors = [{name: torch.from_numpy(part) for name, part in one.items()} for one in batches]
     report = quantize(module, tensors, spec, **options)
@@ -115,6 +115,7 @@ def quantize_onnx(
     )
     skipped = {**report.skipped, **module.left_out}
     skipped |= {name: f"not folded: {reason}" for name, reason in kept.items()}
+    skipped |= {n: r for n, r in left_out.items() if n not in names}  # share another one's weight
     return replace(report, layers=layers, skipped=skipped)
 
 
@@ -142,7 +143,6 @@ def export_onnx(
     _check_target(path)
     if activations is not None:
         check_options(activations, ranges)
-    example = example if isinstance(example, tuple) else (example,)
     grids = _grids(model, report)
     for *_, spec in grids.values():
         _check_spec(spec)
@@ -205,15 +205,14 @@ def integer_weight(
             "symmetric=True at up to 8 bits, and asymmetric grids of up to 7 bits"
         )
     stored = as_weight(layer, values.to(torch.int8)).numpy()
-    per_element = scale[..., None].expand(*values.shape[:-1], scale.shape[-1], -1)
-    per_element = per_element.expand(*scale.shape, values.shape[-1] // scale.shape[-1]).flatten(-2)
-    scales = as_weight(layer, per_element.float()).numpy()
+    columns = values.shape[-1] // scale.shape[-1]  # of one group
+    scales = as_weight(layer, scale.float().repeat_interleave(columns, -1)).numpy()
     axis, inner = (1, 0) if getattr(layer, "transposed", False) else (0, 1)
     first = scales[tuple(slice(None) if a == axis else slice(1) for a in range(scales.ndim))]
     if (scales == first).all():
         return IntegerWeight(stored, first.reshape(-1).copy(), axis, 0, spec.bits)
     window = int(np.prod(stored.shape[2:]))
-    block, rest = divmod(values.shape[-1] // scale.shape[-1], window)
+    block, rest = divmod(columns, window)
     if rest:
         raise ValueError(
             f"{name!r}: groups of {spec.group_size} columns do not hold whole input channels of "
@@ -242,10 +241,11 @@ def _transposed(weight: IntegerWeight) -> IntegerWeight:
     return IntegerWeight(values, scale, 1 - weight.axis, weight.block, weight.bits)
 
 
-def _other_than_float32(model: onnx.ModelProto) -> str | None:
-    """A constant of another floating dtype, or None."""
-    others = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
-    return next((x.name for x in model.graph.initializer if x.data_type in others), None)
+def _check_float32(graph: Graph, module: OnnxModule) -> None:
+    for name, node in module.nodes.items():
+        weight = graph.constant(node.input[1])
+        if weight is not None and weight.dtype != np.float32:
+            raise ValueError(f"activations need a graph in float32, {name!r} is {weight.dtype}")
 
 
 def _called(node: onnx.NodeProto) -> str:
@@ -308,7 +308,7 @@ def _plain_copy(model: nn.Module) -> nn.Module:
 
 
 def _as_tuple(batch: Any) -> tuple[Tensor, ...]:
-    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    return tuple(x.cpu() for x in (batch if isinstance(batch, tuple | list) else (batch,)))
 
 
 def exported_graph(
