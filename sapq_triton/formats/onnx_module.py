@@ -73,15 +73,10 @@ class OnnxModule(nn.Module):
             self._steps.append(_LayerStep(name, node, before, after))
         if waiting:
             self._steps.append(_Segment(graph, waiting))
-        last: dict[str, int] = {}
-        for place, step in enumerate(self._steps):
-            last |= dict.fromkeys((*step.inputs, *step.outputs), place)
-        self._freed: list[list[str]] = [[] for _ in self._steps]
-        for value, place in last.items():
-            if value not in self.outputs:
-                self._freed[place].append(value)
+        self._freed = _last_reads(self._steps, set(self.outputs))
         self._fixed: dict[str, Tensor] = {}  # outputs that are constants
-        for value in set(self.outputs) - set(last) - set(self.inputs):
+        made = {value for step in self._steps for value in step.outputs}
+        for value in set(self.outputs) - made - set(self.inputs):
             self._fixed[value] = torch.tensor(graph.constant(value))
         self.eval()
 
@@ -101,6 +96,18 @@ class OnnxModule(nn.Module):
                 values.pop(name, None)
         results = [values[n] if n in values else self._fixed[n] for n in self.outputs]
         return results[0] if len(results) == 1 else tuple(results)
+
+
+def _last_reads(steps: "Sequence[_LayerStep | _Segment]", outputs: set[str]) -> list[list[str]]:
+    """For each step, the values that none after it reads."""
+    last: dict[str, int] = {}
+    for place, step in enumerate(steps):
+        last |= dict.fromkeys((*step.inputs, *step.outputs), place)
+    freed: list[list[str]] = [[] for _ in steps]
+    for value, place in last.items():
+        if value not in outputs:
+            freed[place].append(value)
+    return freed
 
 
 class _Unfit(str):
