@@ -1,7 +1,7 @@
 """The command line, from a folder of a small random Llama to files and back."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -222,8 +222,9 @@ def test_sequences_are_drawn_without_overlap() -> None:
     assert torch.equal(draw_sequences(tokens, 10, 10, 3, "text").flatten(), tokens[:100])
 
 
-def test_as_a_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "sapq_triton", "inspect", "nowhere"], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (2, "sapq-triton: nowhere is not a folder\n")
+def test_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["sapq-triton", "inspect", "nowhere"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("sapq_triton", run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "sapq-triton: nowhere is not a folder\n"

@@ -221,24 +221,11 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     assert load_file(tmp_path / "a" / "model.safetensors").keys() > {"first.g_idx", "head.weight"}
 
 
-def test_without_the_extra_its_name_is_given(tmp_path: Path) -> None:
-    code = (
-        "import sys\n"
-        "for name in ('safetensors', 'huggingface_hub', 'transformers', 'onnx'):\n"
-        "    sys.modules[name] = None\n"
-        "import torch, sapq_triton\n"
-        "from sapq_triton.packed import to_packed\n"
-        "model = torch.nn.Sequential(torch.nn.Linear(32, 32))\n"
-        "to_packed(model[0], sapq_triton.QuantSpec())\n"
-        "try:\n"
-        f"    sapq_triton.save(model, {str(tmp_path / 'net')!r})\n"
-        "except ModuleNotFoundError as error:\n"
-        "    print(error)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    assert done.stdout == ("huggingface_hub is not installed: pip install 'sapq-triton[hf]'\n"), (
-        done.stderr
-    )
+@pytest.mark.parametrize("package", ["huggingface_hub", "safetensors", "safetensors.torch"])
+def test_without_the_extra_its_name_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'sapq-triton\[hf\]'"):
+        save(packed_net(SPEC), tmp_path / "net")
     assert not list(tmp_path.iterdir())
