@@ -137,23 +137,23 @@ def llmcompressor(folder: Path, calibration: Tensor, watch: Stopwatch) -> Weight
 def auto_round(folder: Path, calibration: Tensor, watch: Stopwatch) -> Weights:
     """Its own algorithm is SignRound, 200 iterations; ours is chosen where it is patched."""
     from auto_round import AutoRound
+    from auto_round.algorithms.composer import AlgorithmComposer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from sapq_triton.integrations.auto_round import is_patched
+
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    patched = sapq_triton.integrations.auto_round._options is not None
     rounder = AutoRound(
         model,
         AutoTokenizer.from_pretrained(folder),
         bits=BITS,
         group_size=GROUP_SIZE,
         sym=True,
-        alg_configs="sapq" if patched else "signround",
+        alg_configs="sapq" if is_patched() else "signround",
         dataset=[row[None] for row in calibration],
         seqlen=calibration.shape[1],
         nsamples=len(calibration),
     )
-    from auto_round.algorithms.composer import AlgorithmComposer
-
     with watch.on(AlgorithmComposer, "compress_block"):
         model, _ = rounder.quantize()
     return {

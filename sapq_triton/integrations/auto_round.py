@@ -24,7 +24,7 @@ from .patching import Options, Swap, check_signature
 DISTRIBUTION = "auto-round"
 KNOWN_VERSIONS = ("0.15",)
 
-__all__ = ["DISTRIBUTION", "KNOWN_VERSIONS", "Options", "swaps"]
+__all__ = ["DISTRIBUTION", "KNOWN_VERSIONS", "Options", "is_patched", "swaps"]
 
 _options: Options | None = None  # of the patch; None while there is none
 _registered = False
@@ -33,6 +33,10 @@ _registered = False
 def swaps(options: Options) -> list[Swap]:
     _register()
     return [Swap(sys.modules[__name__], "_options", options)]
+
+
+def is_patched() -> bool:
+    return _options is not None
 
 
 def _current() -> Options:

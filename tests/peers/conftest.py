@@ -32,6 +32,17 @@ def needs(name: str) -> None:
         pytest.skip(f"{DISTRIBUTIONS.get(name, name)} is not installed: make peers")
 
 
+@pytest.fixture(autouse=True)
+def poison_uninitialized_memory() -> None:
+    """Not here: these packages compile, and a compiler allocates in ways of its own."""
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They write logs into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama and a tokenizer of numbered words."""
