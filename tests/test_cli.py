@@ -141,6 +141,9 @@ def test_the_output_layer_on_request(text: Path, tmp_path: Path) -> None:
     assert quantize(tmp_path / "llama", text, tmp_path / "out", "--output-layer") == 0
     model: Any = load(tmp_path / "out")
     assert isinstance(model.lm_head, PackedWeight)
+    assert quantize(tmp_path / "llama", text, tmp_path / "default") == 0
+    model = load(tmp_path / "default")
+    assert type(model.lm_head) is nn.Linear
     manifest = json.loads((tmp_path / "out" / "sapq.json").read_text())
     assert manifest["layers"]["lm_head"]["relative_error"] > 0  # calibrated, not only rounded
 
