@@ -233,12 +233,33 @@ def test_layers_compute_on_integers(dtype: str, source: Path, tmp_path: Path) ->
     assert np.abs(found - expected).max() > 0
 
 
-def test_values_that_only_move_keep_their_grid(source: Path, tmp_path: Path) -> None:
-    quantize_onnx(source, IMAGES, QuantSpec(6), tmp_path / "q.onnx", activations="uint8")
-    initializers = onnx.load(tmp_path / "q.onnx").graph.initializer
-    stored = {item.name: numpy_helper.to_array(item) for item in initializers}
-    assert stored["p_scale"] == stored["f_scale"] and stored["f_scale"] != stored["r_scale"]
-    assert stored["p_zero_point"] == stored["f_zero_point"]
+def small(nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray]) -> onnx.ModelProto:
+    """Images x of 3 channels in, y of 3 channels out."""
+    shape = (None, 3, None, None)
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def test_values_that_only_move_keep_their_grid(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["a"], "one"),
+        helper.make_node("MaxPool", ["a"], ["b"], "pool", kernel_shape=[3, 3]),  # another range
+        helper.make_node("Conv", ["b", "w2"], ["y"], "two"),
+    ]
+    constants = {"w1": random(3, 3, 3, 3) / 4, "w2": random(3, 3, 1, 1)}
+    onnx.save(small(nodes, constants), tmp_path / "model.onnx")
+    out = tmp_path / "q.onnx"
+    quantize_onnx(tmp_path / "model.onnx", IMAGES, QuantSpec(6), out, activations="uint8")
+    stored = {item.name: numpy_helper.to_array(item) for item in onnx.load(out).graph.initializer}
+    assert stored["a_scale"] == stored["b_scale"] != stored["x_scale"]
+    assert stored["a_zero_point"] == stored["b_zero_point"]
 
 
 @pytest.mark.parametrize(
@@ -407,16 +428,7 @@ def test_layers_that_share_a_weight_share_its_integers(tmp_path: Path) -> None:
         helper.make_node("Relu", ["a"], ["b"]),
         helper.make_node("Conv", ["b", "w"], ["y"], "two", pads=[1, 1, 1, 1]),
     ]
-    shape = (None, 3, None, None)
-    graph = helper.make_graph(
-        nodes,
-        "test",
-        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shape)],
-        [numpy_helper.from_array(random(3, 3, 3, 3) / 4, "w")],
-    )
-    opsets = [helper.make_opsetid("", 17)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    model = small(nodes, {"w": random(3, 3, 3, 3) / 4})
     onnx.save(model, tmp_path / "model.onnx")
     out = tmp_path / "q.onnx"
     report = quantize_onnx(tmp_path / "model.onnx", IMAGES, QuantSpec(6), out, activations="uint8")

@@ -87,14 +87,19 @@ def test_files_of_arrays(tmp_path: Path) -> None:
 def test_folder_of_images(tmp_path: Path) -> None:
     pixels = np.zeros((6, 8, 3), np.uint8)
     pixels[:, 1:7] = 255  # what a crop to the square keeps
+    pixels[0, 6] = 0
     for name in ("b.png", "a.png"):
         Image.fromarray(pixels if name == "a.png" else 255 - pixels).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
     (found,) = calibration_batches(ANY, tmp_path, size=6)
     assert found["x"].shape == (2, 3, 6, 6)
+    assert found["x"][0, :, 0, 5].tolist() == [0, 0, 0]  # height before width
+    found["x"][0, :, 0, 5] = 1
+    found["x"][1, :, 0, 5] -= 1
     assert (found["x"][0] == 1).all() and (found["x"][1] == 0).all()
     (last,) = calibration_batches(model(None, 6, 6, 3), tmp_path)
-    assert np.array_equal(last["x"], found["x"].transpose(0, 2, 3, 1))
+    (first,) = calibration_batches(ANY, tmp_path, size=6)
+    assert np.array_equal(last["x"], first["x"].transpose(0, 2, 3, 1))
     with pytest.raises(ValueError, match="pass size"):
         calibration_batches(ANY, tmp_path)
     with pytest.raises(ValueError, match="no RGB image"):
