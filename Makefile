@@ -1,12 +1,13 @@
-# Each target builds what it needs in .venv, under the versions of constraints.txt; once that stands,
-# nothing here touches the network. ARGS goes through: make test ARGS='-k solve_tile'
+# Each target builds what it needs in .venv, under the versions of constraints.txt (peers: in
+# .venv-peers, under those of requirements-peers.txt); once that stands, nothing here touches the network. ARGS goes through: make test ARGS='-k solve_tile'
 
 PYTHON ?= python3
 VENV := .venv
+PEERS := .venv-peers
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: test demo lint bench clean
+.PHONY: test demo lint bench peers clean
 .NOTPARALLEL:
 
 test: $(VENV)/.dev
@@ -24,8 +25,12 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(RUN) -m pytest benchmarks --benchmark-enable --benchmark-min-rounds=1 --benchmark-max-time=0.1 $(ARGS)
 
+# Other packages' pipelines with our solver in them: an environment of several gigabytes, minutes.
+peers: $(PEERS)/.installed
+	$(PEERS)/bin/python -m pytest tests/peers -m '' $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Stamps: a file says that its step came to its end.
@@ -51,4 +56,12 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable '.[demo]'
+	@touch $@
+
+# torch first, as above
+$(PEERS)/.installed: requirements-peers.txt
+	$(PYTHON) -m venv --clear $(PEERS)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install $$(grep '^torch==' $<)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --requirement $<
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --no-deps --editable .
 	@touch $@
