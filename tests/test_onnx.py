@@ -20,6 +20,7 @@ from sapq_triton.cli import main
 from sapq_triton.formats import onnx as onnx_format
 from sapq_triton.formats.onnx import export_onnx, exported_graph, inspect_onnx, read_model
 from sapq_triton.formats.onnx_activations import grid
+from sapq_triton.formats.onnx_graph import Graph, make_gammas_positive
 from sapq_triton.formats.onnx_module import OnnxModule, session
 from sapq_triton.layers import as_weight
 from sapq_triton.models.efficientnet_lite import load_efficientnet_lite0, preprocess
@@ -126,7 +127,10 @@ def test_file_computes_what_the_quantized_module_does(
 ) -> None:
     out = tmp_path / "q.onnx"
     report = quantize_onnx(source, IMAGES, spec, out)
-    module = OnnxModule(read_model(source))
+    graph = Graph(read_model(source))
+    if spec.bits == 8:
+        make_gammas_positive(graph)
+    module = OnnxModule(graph.model())
     again = quantize(module, [{"x": torch.from_numpy(IMAGES)}], spec, progress=False)
     with torch.no_grad():
         expected = module(torch.from_numpy(IMAGES)).numpy()
@@ -466,17 +470,16 @@ def test_what_int8_cannot_hold_is_refused_before_the_work(source: Path, tmp_path
         quantize_onnx(source, iter(()), QuantSpec(4), tmp_path / "missing" / "q.onnx")
 
 
-def test_negative_gamma_over_minus_128_keeps_its_batchnorm(tmp_path: Path) -> None:
+def test_negative_gammas_cost_eight_bits_no_batchnorm(tmp_path: Path) -> None:
     model = cnn()
-    change = edit("stem", lambda v: np.concatenate([-np.abs(v[:, :, :1]) * 3, v[:, :, 1:]], 2))
-    change(model)
+    edit("stem", lambda v: np.concatenate([-np.abs(v[:, :, :1]) * 3, v[:, :, 1:]], 2))(model)
     edit("s_gamma", lambda v: -np.abs(v))(model)
     onnx.save(model, tmp_path / "model.onnx")
     out = tmp_path / "q.onnx"
     spec = QuantSpec(8, symmetric=True, scale_search="absmax")
     report = quantize_onnx(tmp_path / "model.onnx", IMAGES, spec, out)
-    reason = "not folded: gamma is negative where the layer has a weight of -128"
-    assert report.skipped["s.norm"] == reason
+    assert not report.skipped
+    assert "BatchNormalization" not in {node.op_type for node in onnx.load(out).graph.node}
     expected = run(tmp_path / "model.onnx")
     np.testing.assert_allclose(run(out), expected, atol=0.05 * np.abs(expected).max())
 

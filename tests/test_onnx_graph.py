@@ -11,7 +11,13 @@ from torch import nn
 
 from sapq_triton import QuantSpec, dequantize
 from sapq_triton.formats.onnx import integer_weight
-from sapq_triton.formats.onnx_graph import Graph, IntegerWeight, fold_batchnorm, fold_pads
+from sapq_triton.formats.onnx_graph import (
+    Graph,
+    IntegerWeight,
+    fold_batchnorm,
+    fold_pads,
+    make_gammas_positive,
+)
 from sapq_triton.formats.onnx_module import session
 from sapq_triton.layers import as_weight, weight_matrix
 from sapq_triton.ops import quantize_groups
@@ -167,6 +173,20 @@ def test_batchnorm_is_folded_into_integers(name: str, bias: bool) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     kept = {tensor.name for tensor in folded.graph.initializer}
     assert not kept & {"gamma", "beta", "mean", "var", "w"}
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("name", [name for name in FOLDS if name != "blocks"])
+def test_negative_gammas_go_into_the_weights(name: str, bias: bool) -> None:
+    op, shape, channels, attributes, _ = FOLDS[name]
+    model = with_batchnorm(op, random(*shape), channels, bias, **attributes)
+    graph = Graph(model)
+    make_gammas_positive(graph)
+    gammas = [numpy_helper.to_array(m.graph.initializer[1]) for m in (model, graph.model())]
+    assert (gammas[0] < 0).any() and np.array_equal(np.abs(gammas[0]), gammas[1])
+    x = random(2, 8) if op == "Gemm" else random(2, 4, 6, 7)
+    found, expected = (session(m).run(None, {"x": x})[0] for m in (graph.model(), model))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("what", ["-128", "output", "reader", "shared", "computed"])

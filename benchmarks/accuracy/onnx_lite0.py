@@ -8,8 +8,8 @@ exported with floating-point activations (weight-only) and with 8-bit ones. IMAG
 
 Latency: one image, sessions of all files take turns, medians; the ratio is fp32's over the file's,
 so above 1 is faster. Difference: largest of any logit to PyTorch with the same weights, on the
-evaluation images. BatchNorm left: a channel of negative gamma with a weight of -128, which has no
-negative in int8; onnxruntime folds those of the fp32 file. Agreement: images on which top-1 is that of fp32.
+evaluation images. BatchNorm left: not folded, as a channel of negative gamma has a weight of -128,
+which has no negative in int8. Agreement: images on which top-1 is that of fp32.
 """
 
 import argparse

@@ -39,6 +39,7 @@ from .onnx_graph import (
     attributes,
     fold_batchnorm,
     fold_pads,
+    make_gammas_positive,
     set_parameter,
     with_opset,
 )
@@ -71,8 +72,10 @@ def quantize_onnx(
     are found, see `quantize_activations`.
 
     A BatchNormalization that alone reads a quantized layer is folded into it, and with
-    `activations` so is a Pad. All other nodes and names stay. What was not quantized is in
-    `Report.skipped`, and what was not done as asked in the notes of the layer.
+    `activations` so is a Pad. With 8 bits, channels before a negative gamma are negated first, so
+    that this needs no negative of -128; the codes of the report are those. All other nodes and
+    names stay. What was not quantized is in `Report.skipped`, and what was not done as asked in
+    the notes of the layer.
 
     onnxruntime runs a MatMul, or a Gemm without transB, on such a weight as MatMulNBits, which
     rounds its input to 8 bits unless the session has the configuration entry
@@ -84,10 +87,14 @@ def quantize_onnx(
     _check_target(out)
     if activations is not None:
         check_options(activations, ranges)
-    overrides = dict(options.get("overrides") or {})
-    for each in (spec, *overrides.values()):
+    specs = [spec, *dict(options.get("overrides") or {}).values()]
+    for each in specs:
         _check_spec(each)
     model = with_opset(read_model(path), PER_AXIS_OPSET)
+    if any(getattr(each, "bits", 0) == 8 for each in specs):
+        turned = Graph(model)
+        make_gammas_positive(turned)
+        model = turned.model()
     module = OnnxModule(model)
     if activations is not None:
         _check_float32(Graph(model), module)
@@ -136,6 +143,10 @@ def export_onnx(
     `report` of their quantization. example: the inputs of one call, by position; with
     `dynamic_batch` their first axis may have any size in the file. batches: inputs like `example`
     for the ranges of the `activations`, which see `quantize_onnx`. Needs onnxscript.
+
+    BatchNormalization is folded as in `quantize_onnx`, but one with a negative gamma over a weight
+    of -128, which only 8 bits have, stays and costs time: there, quantize the file of the model
+    (`exported_graph`) instead.
 
     ValueError where weights no longer are what the report says, a grid does not fit into int8, or
     the exported graph does not read a weight as it is.

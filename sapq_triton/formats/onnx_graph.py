@@ -5,6 +5,7 @@ What is not touched stays as it was, names and metadata included.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -317,20 +318,12 @@ def _fold(
     graph: Graph, weights: dict[str, IntegerWeight], layer: onnx.NodeProto, norm: onnx.NodeProto
 ) -> str | None:
     """Why it cannot be folded; None where it was."""
-    name, found = layer.input[1], [graph.constant(value) for value in norm.input[1:]]
-    options = attributes(norm)
-    if graph.only_reader(norm.input[0]) is None:
-        return "the output of the layer is read elsewhere as well"
-    if graph.only_reader(name) is None:
-        return "the weight of the layer is read elsewhere as well"
-    if options.get("training_mode", 0) or sum(map(bool, norm.output)) > 1:
-        return "it is in training mode"
-    bias = graph.constant(layer.input[2]) if len(layer.input) > 2 and layer.input[2] else 0.0
-    dtype = getattr(graph.constant(name), "dtype", np.float32)
-    if bias is None or any(value is None for value in found):
-        return "its parameters are not constant"
-    gamma, beta, mean, variance = (np.asarray(value, np.float64) for value in found)
-    factor = gamma / np.sqrt(variance + float(options.get("epsilon", 1e-5)))  # type: ignore[arg-type]
+    if reason := _obstacle(graph, layer, norm):
+        return reason
+    name, dtype = layer.input[1], getattr(graph.constant(norm.input[1]), "dtype", np.float32)
+    gamma, beta, mean, variance, bias = _parameters(graph, layer, norm)
+    epsilon: Any = attributes(norm).get("epsilon", 1e-5)
+    factor = gamma / np.sqrt(variance + epsilon)
     weight = weights[name].times(along_channels(layer, factor, weights[name].values.shape))
     if weight is None:
         return "gamma is negative where the layer has a weight of -128"
@@ -339,6 +332,49 @@ def _fold(
     layer.output[0] = norm.output[0]
     graph.remove(norm)
     return None
+
+
+def _obstacle(graph: Graph, layer: onnx.NodeProto, norm: onnx.NodeProto) -> str | None:
+    """Why a BatchNormalization is not a part of the layer before it; None where it is."""
+    if graph.only_reader(norm.input[0]) is None:
+        return "the output of the layer is read elsewhere as well"
+    if graph.only_reader(layer.input[1]) is None:
+        return "the weight of the layer is read elsewhere as well"
+    if attributes(norm).get("training_mode", 0) or sum(map(bool, norm.output)) > 1:
+        return "it is in training mode"
+    names = [*norm.input[1:], *(name for name in layer.input[2:] if name)]
+    if any(graph.constant(name) is None for name in names):
+        return "its parameters are not constant"
+    return None
+
+
+def _parameters(graph: Graph, layer: onnx.NodeProto, norm: onnx.NodeProto) -> list[Array]:
+    """gamma, beta, mean, variance, and the bias of the layer or 0, float64"""
+    names = [*norm.input[1:], *(name for name in layer.input[2:] if name)]
+    found = [np.asarray(graph.constant(name), np.float64) for name in names]
+    return found if len(found) == 5 else [*found, np.zeros(1)]
+
+
+def make_gammas_positive(graph: Graph) -> None:
+    """Negate the channels of a layer rather than let the BatchNormalization behind it do so.
+
+    The graph computes the same numbers, and integers of 8 bits can be folded: -128 has no negative.
+    """
+    for norm in [node for node in graph.nodes if node.op_type == "BatchNormalization"]:
+        layer = graph.producers.get(norm.input[0])
+        if layer is None or layer.op_type not in ("Conv", "ConvTranspose", "Gemm"):
+            continue
+        weight, gamma = graph.constant(layer.input[1]), graph.constant(norm.input[1])
+        if weight is None or gamma is None or _obstacle(graph, layer, norm) or (gamma >= 0).all():
+            continue
+        sign = np.where(gamma < 0, -1, 1)
+        places = [(norm, 1), (norm, 3), *([(layer, 2)] if len(layer.input) > 2 else [])]
+        for node, place in places:
+            if node.input[place]:
+                value = np.asarray(graph.constant(node.input[place]))
+                set_parameter(graph, node, place, value * sign.astype(value.dtype))
+        signs = along_channels(layer, sign, weight.shape).astype(weight.dtype)
+        set_parameter(graph, layer, 1, weight * signs)
 
 
 def along_channels(layer: onnx.NodeProto, channels: Array, shape: tuple[int, ...]) -> Array:
