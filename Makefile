@@ -1,5 +1,6 @@
 # Each target builds what it needs in .venv, under the versions of constraints.txt (peers: in
-# .venv-peers, under those of requirements-peers.txt); once that stands, nothing here touches the network. ARGS goes through: make test ARGS='-k solve_tile'
+# .venv-peers, under those of requirements-peers.txt); once that stands, nothing here touches the
+# network. ARGS goes through: make test ARGS='-k solve_tile'
 
 PYTHON ?= python3
 VENV := .venv

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sapq_triton import QuantSpec, layer_error, solve
 from sapq_triton.dropin import GPTQ, Quantizer
+from sapq_triton.dropin.problem import find_grids, solve_on_grid
 from sapq_triton.layers import input_rows, weight_matrix
 
 Problem = tuple[nn.Module, Tensor]
@@ -239,6 +240,29 @@ def test_a_short_group_changes_nothing_for_the_others() -> None:
     for gptq in (full, short):
         gptq.fasterquant(groupsize=48, actorder=True)
     assert torch.equal(full.codes[:, :80], short.codes)
+    assert full.dead_columns == 16 and short.dead_columns == 0
+
+
+def test_made_up_columns_are_not_reported_as_dead() -> None:
+    gptq = configured(prepared(linear()))
+    weight, hessian = gptq._weight(), gptq._hessian()
+    hessian[:, 5] = 0
+    hessian[:, :, 5] = 0
+    scale, zero = find_grids(weight, 48, gptq._find)
+    solved = solve_on_grid(
+        weight, hessian, scale, zero, bits=4, group_size=48,
+        order="sensitivity", block=128, sweeps=2, damp=0.01,
+    )  # fmt: skip
+    assert solved.report.dead_columns.tolist() == [1]
+    assert solved.codes.shape == solved.quantized.shape == weight.shape
+
+
+def test_rows_without_a_batch_are_one_sample() -> None:
+    gptq = GPTQ(nn.Linear(8, 3))
+    gptq.add_batch(torch.randn(20, 8), None)
+    assert gptq.nsamples == 1
+    gptq.add_batch(torch.randn(4, 20, 8), None)
+    assert gptq.nsamples == 5
 
 
 def test_columns_that_never_fired_are_rounded_not_zeroed() -> None:
@@ -248,6 +272,7 @@ def test_columns_that_never_fired_are_rounded_not_zeroed() -> None:
     before = matrix(gptq)
     gptq.fasterquant(actorder=True)
     assert ((matrix(gptq) - before)[:, [3, 50]].abs() <= gptq.scale / 2 + 1e-6).all()
+    assert gptq.dead_columns == 2
     unseen = configured(GPTQ(copy.deepcopy(layer)))
     unseen.fasterquant()
     assert ((matrix(unseen) - before).abs() <= unseen.scale / 2 + 1e-6).all()

@@ -47,7 +47,7 @@ class GPTQ(LayerProblem):
     original weight, in original column order, so that `g_idx[i] = i // groupsize` in every order,
     the only layout that inference engines still load; columns that never fired are rounded;
     where the damped Hessian is not positive definite, damping rises, then the layer is rounded to
-    nearest, where the published code raises. `damp` and `fallback` say so.
+    nearest, where the published code raises. `dead_columns`, `damp` and `fallback` say so.
 
     quantizer: a `Quantizer`, or anything that finds grids as the published one does; it may be
     replaced. H, nsamples, rows, columns, dev, layer: see LayerProblem.
@@ -56,7 +56,8 @@ class GPTQ(LayerProblem):
     codes: uint8 [rows, columns]. scale, zero: float32 [rows, G]. g_idx: int32 [columns], the group
     of each column; [groups, columns] where a convolution with groups permutes them.
     error: tr((W - Q) H (W - Q)^T), of all groups. damp: what was used, the largest of all groups.
-    fallback: whether anything was rounded to nearest for want of a factorization.
+    fallback: whether anything was rounded to nearest for want of a factorization. dead_columns:
+    those that never fired, of all groups.
     """
 
     codes: Tensor
@@ -66,6 +67,7 @@ class GPTQ(LayerProblem):
     error: float
     damp: float
     fallback: bool
+    dead_columns: int
 
     def __init__(
         self,
@@ -146,6 +148,7 @@ class GPTQ(LayerProblem):
             codes, quantized = solved.codes, solved.quantized
             self.damp = solved.report.damp.max().item()
             self.fallback = bool(solved.report.fallback.any())
+        self.dead_columns = int((hessian.diagonal(dim1=1, dim2=2) == 0).sum())
         self.error = layer_error(weight, quantized, hessian).sum().item()
         self.codes, self.scale, self.zero = (t.flatten(0, 1) for t in (codes, scale, zero))
         self.g_idx = g_idx.int()

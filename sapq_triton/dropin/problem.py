@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import layers, ops
 from ..ops import Backend, Precision
-from ..result import SolveReport, dequantize
+from ..result import SolveReport
 from ..solver import solve
 from ..spec import Order, QuantSpec
 
@@ -132,6 +132,5 @@ def solve_on_grid(
         precision=precision, backend=backend,
     )  # fmt: skip
     report = replace(result.report, dead_columns=result.report.dead_columns - missing)
-    codes = result.codes
-    quantized = dequantize(codes, result.scale, result.zero_point)
-    return OnGrid(quantized[..., :C], codes[..., :C].contiguous(), report)
+    quantized = result.dequantize()[..., :C]
+    return OnGrid(quantized, result.codes[..., :C].contiguous(), report)
