@@ -68,6 +68,7 @@ from triton.runtime.jit import JITFunction
 import sapq_triton.kernels
 from benchmarks.cycles import Code
 from sapq_triton.kernels import launch
+from sapq_triton.packing import words
 from sapq_triton.spec import MSE_SHRINK
 from sapq_triton.window import Window
 
@@ -119,6 +120,7 @@ DEVICES = {  # A100, H100 SXM, B200, MI300X
 }  # fmt: skip
 POINTERS = {
     torch.float32: "*fp32",
+    torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
     torch.int32: "*i32",
@@ -192,6 +194,26 @@ def solve_rows(module: ModuleType, columns: int) -> None:
     module.solve_rows(meta(256, columns), inverse, scale[0], zero_point[0], group, 15, steps=32)
 
 
+def packed_weight(bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """qweight, scale, qzeros of [4096, 4096]"""
+    groups = 4096 // group_size
+    qweight, qzeros = (meta(4096, words(n, bits), dtype=torch.int32) for n in (4096, groups))
+    return qweight, meta(4096, groups, dtype=torch.float16), qzeros
+
+
+def dequantize_packed(module: ModuleType, bits: int) -> None:
+    module.dequantize_packed(*packed_weight(bits, 128), bits, 4096, torch.bfloat16)
+
+
+def matmul_packed(
+    module: ModuleType, precision: str, bits: int, group_size: int = 128,
+    dtype: torch.dtype = torch.float16, symmetric: bool = False,
+) -> None:  # fmt: skip
+    qweight, scale, qzeros = packed_weight(bits, group_size)
+    zeros, x = None if symmetric else qzeros, meta(1, 4096, dtype=dtype)
+    module.matmul_packed(x, qweight, scale, zeros, bits, precision)
+
+
 # precision: of the target by default; "ieee" is left out where it is the default
 CASES: dict[str, dict[str, Callable[[ModuleType, str], None]]] = {
     "quantize_groups": {
@@ -230,6 +252,24 @@ CASES: dict[str, dict[str, Callable[[ModuleType, str], None]]] = {
     "solve_rows": {
         "128 columns": lambda module, _: solve_rows(module, 128),
         "2048 columns": lambda module, _: solve_rows(module, 2048),
+    },
+    "dequantize_packed": {
+        "3 bits": lambda module, _: dequantize_packed(module, 3),
+        "4 bits": lambda module, _: dequantize_packed(module, 4),
+    },
+    "matmul_packed": {
+        "2 bits": lambda module, p: matmul_packed(module, p, 2),
+        "3 bits": lambda module, p: matmul_packed(module, p, 3),
+        "3 bits one group": lambda module, p: matmul_packed(module, p, 3, 4096),
+        "3 bits float32": lambda module, p: matmul_packed(module, p, 3, dtype=torch.float32),
+        "4 bits": lambda module, p: matmul_packed(module, p, 4),
+        "4 bits symmetric": lambda module, p: matmul_packed(module, p, 4, symmetric=True),
+        "4 bits float32": lambda module, p: matmul_packed(module, p, 4, dtype=torch.float32),
+        "8 bits": lambda module, p: matmul_packed(module, p, 8, dtype=torch.bfloat16),
+        "3 bits ieee": lambda module, _: matmul_packed(module, "ieee", 3),
+        "3 bits float32 ieee": lambda module, _: matmul_packed(
+            module, "ieee", 3, dtype=torch.float32
+        ),
     },
 }
 

@@ -33,7 +33,9 @@ from benchmarks import (
     bench_accumulate_hessian,
     bench_column_sensitivity,
     bench_compensate,
+    bench_dequantize_packed,
     bench_downdate,
+    bench_matmul_packed,
     bench_quantize_groups,
     bench_solve_columns,
     bench_solve_rows,
@@ -137,6 +139,16 @@ def solve_rows(sizes: Sizes, device: torch.device) -> Iterator[Case]:
         yield bench_solve_rows.case(*size, device)
 
 
+def dequantize_packed(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    for (R, C), bits in itertools.product(sizes.solves, (3, 4)):
+        yield bench_dequantize_packed.case(R, C, bits, C // 8, torch.float16, device)
+
+
+def matmul_packed(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    for (R, C), bits, rows in itertools.product(sizes.solves, (3, 4), (1, 16)):
+        yield bench_matmul_packed.case(rows, R, C, bits, C // 8, torch.float16, device)
+
+
 COLUMNS = [  # BLOCK_J divides TILE
     *grid(TILE=[64], BLOCK_J=[16, 32, 64], BLOCK_R=[16, 32], num_warps=[4, 8]),
     *grid(TILE=[128], BLOCK_J=[32], BLOCK_R=[16, 32], num_warps=[4, 8]),
@@ -145,6 +157,10 @@ COLUMNS = [  # BLOCK_J divides TILE
 HESSIAN = [
     *grid(BLOCK_C=[64], BLOCK_ROWS=[32, 64], num_warps=[4], num_stages=[2, 3]),
     *grid(BLOCK_C=[128], BLOCK_ROWS=[16, 32, 64], num_warps=[4, 8], num_stages=[2, 3]),
+]
+PRODUCTS = [
+    *grid(BLOCK_M=[8, 16], BLOCK_N=[16, 32], BLOCK_P=[16], num_warps=[2], num_stages=[1, 2, 3]),
+    *grid(BLOCK_M=[8, 16], BLOCK_N=[32, 64], BLOCK_P=[16], num_warps=[4], num_stages=[2, 3]),
 ]
 JOBS: dict[str, Job] = {
     "quantize_groups": Job(
@@ -164,6 +180,11 @@ JOBS: dict[str, Job] = {
     "accumulate_hessian 16-bit": Job(partial(accumulate_hessian, torch.bfloat16), HESSIAN),
     "accumulate_hessian ieee": Job(partial(accumulate_hessian, torch.float32), HESSIAN, "ieee"),
     "solve_rows": Job(solve_rows, grid(BLOCK_F=[256, 512, 1024], num_warps=[2, 4])),
+    "dequantize_packed": Job(
+        dequantize_packed, grid(BLOCK_R=[2, 4, 8], BLOCK_C=[128, 256, 512], num_warps=[2, 4])
+    ),
+    "matmul_packed": Job(matmul_packed, PRODUCTS),
+    "matmul_packed ieee": Job(matmul_packed, PRODUCTS, "ieee"),
 }
 
 

@@ -7,19 +7,22 @@ is imported). All shapes as in `reference`; the kernels compute in float32.
 
 import math
 import os
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .packing import words
 from .window import Window
 
 try:
     from .kernels import accumulate_hessian as _accumulate_hessian
     from .kernels import column_sensitivity as _column_sensitivity
     from .kernels import compensate as _compensate
+    from .kernels import dequantize_packed as _dequantize_packed
     from .kernels import downdate as _downdate
+    from .kernels import matmul_packed as _matmul_packed
     from .kernels import quantize_groups as _quantize_groups
     from .kernels import solve_columns as _solve_columns
     from .kernels import solve_rows as _solve_rows
@@ -32,6 +35,8 @@ else:
 
 Backend = Literal["auto", "triton", "reference"]
 Precision = Literal["ieee", "tf32x3", "tf32"]  # of the kernels' products of float32
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what the kernels for packed codes take
+FEW_ROWS = 32  # of x in `matmul_packed`: for more of them a weight in its dtype is worth making
 
 
 def uses_triton(tensor: Tensor, backend: Backend) -> bool:
@@ -228,3 +233,114 @@ def solve_rows(
         raise ValueError(f"steps must be 1 to {F} (the columns left), got {steps}")
     implementation = _solve_rows if uses_triton(weight, backend) else reference
     return implementation.solve_rows(weight, inverse, scale, zero_point, group, qmax, steps)
+
+
+def _check_packed(
+    qweight: Tensor, scale: Tensor, qzeros: Tensor | None, bits: int, columns: int
+) -> None:
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits must be 2 to 8, got {bits}")
+    if scale.ndim != 2 or 0 in (columns, scale.shape[1]) or columns % scale.shape[1]:
+        raise ValueError(
+            f"scale must be [R, G] where G divides {columns} columns, got {list(scale.shape)}"
+        )
+    if not scale.is_floating_point():
+        raise ValueError(f"scale must be floating point, got {scale.dtype}")
+    R, G = scale.shape
+    for name, tensor, count in (("qweight", qweight, columns), ("qzeros", qzeros, G)):
+        if tensor is not None:
+            _check(name, tensor, (R, words(count, bits)), scale)
+            if tensor.dtype != torch.int32:
+                raise ValueError(f"{name} must be int32, got {tensor.dtype}")
+
+
+# As operators of PyTorch the kernels are one node each for torch.compile and torch.export.
+
+
+@torch.library.custom_op("sapq_triton::dequantize_packed", mutates_args=())
+def dequantize_packed(
+    qweight: Tensor,
+    scale: Tensor,
+    qzeros: Tensor | None,
+    bits: int,
+    columns: int,
+    dtype: torch.dtype,
+    backend: str = "auto",
+) -> Tensor:
+    """The weight that packed codes stand for; see `reference.dequantize_packed`."""
+    _check_packed(qweight, scale, qzeros, bits, columns)
+    if dtype not in (*FLOATS, torch.float64):
+        raise ValueError(f"dtype must be one of {(*FLOATS, torch.float64)}, got {dtype}")
+    use = uses_triton(qweight, cast(Backend, backend)) and scale.shape[0]
+    implementation = _dequantize_packed if use else reference
+    return implementation.dequantize_packed(qweight, scale, qzeros, bits, columns, dtype)
+
+
+@dequantize_packed.register_fake
+def _(
+    qweight: Tensor,
+    scale: Tensor,
+    qzeros: Tensor | None,
+    bits: int,
+    columns: int,
+    dtype: torch.dtype,
+    backend: str = "auto",
+) -> Tensor:
+    return scale.new_empty(scale.shape[0], columns, dtype=dtype)
+
+
+@torch.library.custom_op("sapq_triton::matmul_packed", mutates_args=())
+def matmul_packed(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    qzeros: Tensor | None,
+    bits: int,
+    precision: str = "tf32x3",
+    backend: str = "auto",
+) -> Tensor:
+    """Product with a weight of packed codes; see `reference.matmul_packed`.
+
+    More than FEW_ROWS rows are multiplied by PyTorch, with a weight that is made for the call and
+    has the dtype of x. Gradients reach x alone.
+    """
+    if x.ndim != 2 or x.dtype not in FLOATS:
+        raise ValueError(
+            f"x must be [M, K] of float16, bfloat16 or float32, got {list(x.shape)} of {x.dtype}"
+        )
+    _check_packed(qweight, scale, qzeros, bits, x.shape[1])
+    _check("x", x, tuple(x.shape), scale)
+    mode = dot_precision(cast(Precision, precision))
+    if not uses_triton(x, cast(Backend, backend)) or 0 in (len(x), len(scale)):
+        return reference.matmul_packed(x, qweight, scale, qzeros, bits)
+    if len(x) <= FEW_ROWS:
+        return _matmul_packed.matmul_packed(x, qweight, scale, qzeros, bits, mode)
+    columns = x.shape[1]
+    weight = _dequantize_packed.dequantize_packed(qweight, scale, qzeros, bits, columns, x.dtype)
+    return x @ weight.T
+
+
+@matmul_packed.register_fake
+def _(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    qzeros: Tensor | None,
+    bits: int,
+    precision: str = "tf32x3",
+    backend: str = "auto",
+) -> Tensor:
+    return x.new_empty(x.shape[0], scale.shape[0])
+
+
+def _keep_codes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qweight, scale, qzeros, bits, _, backend = inputs
+    ctx.save_for_backward(qweight, scale, qzeros)
+    ctx.options = bits, x.shape[1], x.dtype, backend
+
+
+def _input_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return gradient @ dequantize_packed(*ctx.saved_tensors, *ctx.options), *[None] * 6
+
+
+matmul_packed.register_autograd(_input_gradient, setup_context=_keep_codes)

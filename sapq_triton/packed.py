@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import layers
+from . import layers, ops, reference
 from .layers import Layer
 from .packing import pack, unpack, words
-from .result import dequantize
 from .spec import QuantSpec
 
 Tensors = Mapping[str, Tensor | None]  # the buffers of a packed layer by name
@@ -64,9 +63,13 @@ class PackedWeight(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight in the shape and dtype of the plain layer's."""
-        matrix = dequantize(self.codes(), self.scale.float(), self.zero_points().float())
-        groups = layers.matrix_shape(self)[0]
-        return layers.as_weight(self, matrix.unflatten(0, (groups, -1))).to(self.weight_dtype)
+        groups, _, columns = layers.matrix_shape(self)
+        # on a CPU in operators that any exporter knows
+        on_gpu = ops.uses_triton(self.qweight, "auto")
+        matrix = (ops if on_gpu else reference).dequantize_packed(
+            self.qweight, self.scale, self.qzeros, self.spec.bits, columns, self.weight_dtype
+        )
+        return layers.as_weight(self, matrix.unflatten(0, (groups, -1)))
 
     weight: Any = property(dequantize)
 
@@ -95,7 +98,18 @@ class PackedWeight(nn.Module):
 
 
 class QuantLinear(PackedWeight, nn.Linear):
-    pass
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype not in ops.FLOATS or not ops.uses_triton(input, "auto"):
+            return super().forward(input)
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        if input.shape[-1:] != (self.in_features,):
+            raise ValueError(f"input must be [..., {self.in_features}], got {list(input.shape)}")
+        rows = input.reshape(-1, self.in_features)
+        y = ops.matmul_packed(rows, self.qweight, self.scale, self.qzeros, self.spec.bits)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.view(*input.shape[:-1], self.out_features)
 
 
 class QuantConv1d(PackedWeight, nn.Conv1d):

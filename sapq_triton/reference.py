@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .packing import unpack
 from .window import Window
 
 LEAF = 16  # columns that `solve_columns` does not halve again
@@ -291,3 +292,37 @@ def solve_rows(
         rows[:, step] = v
         done[each, j] = True
     return picked, codes, rows
+
+
+def dequantize_packed(
+    qweight: Tensor,
+    scale: Tensor,
+    qzeros: Tensor | None,
+    bits: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """w_rc = (code_rc - zero_point_rg) scale_rg, g = c // group_size; codes lie as in `packing`.
+
+    qweight int32 [R, words(C)], scale [R, G], qzeros int32 [R, words(G)], None where all zero
+    points are the middle code; columns: C  ->  [R, C], rounded to float32 and then to `dtype`
+    """
+    G = scale.shape[1]
+    if qzeros is None:
+        zero_point = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.float32)
+    else:
+        zero_point = unpack(qzeros, bits, G).float()
+    codes = unpack(qweight, bits, columns).float().unflatten(1, (G, -1))
+    return to_value(codes, scale.float()[..., None], zero_point[..., None]).flatten(1).to(dtype)
+
+
+def matmul_packed(
+    x: Tensor, qweight: Tensor, scale: Tensor, qzeros: Tensor | None, bits: int
+) -> Tensor:
+    """y_mn = sum_k x_mk w_nk, w as in `dequantize_packed`
+
+    x [M, K]  ->  [M, N] in the dtype of x; the weight and the sum are at least float32.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight = dequantize_packed(qweight, scale, qzeros, bits, x.shape[1], dtype)
+    return (x.to(dtype) @ weight.T).to(x.dtype)

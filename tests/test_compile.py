@@ -63,8 +63,8 @@ def assert_complete(numbers: Numbers, targets: tuple[str, ...]) -> None:
     found = {(cost["kernel"], cost["target"]) for cost in numbers}
     assert found == {(kernel, target) for kernel in kernels for target in targets}
     assert all(cost["spills"] == 0 for cost in numbers)
-    counts = "registers", "programs", "instructions"
-    assert all(cost[count] > 0 for cost in numbers for count in counts)
+    assert all(cost["registers"] > 0 and cost["programs"] > 0 for cost in numbers)
+    assert all(cost["instructions"] > 100 for cost in numbers)  # else compiled away
 
 
 def assert_short_steps(numbers: Numbers) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sapq_triton import QuantSpec, Report, layers, packed
+from sapq_triton import QuantSpec, Report, layers, ops, packed
 from sapq_triton import quantize as quantize_with_bar
 from sapq_triton.packed import PackedWeight, QuantConv2d, QuantLinear, pack_weight, to_packed
 from sapq_triton.packing import words
@@ -310,6 +310,61 @@ def pruned(module: nn.Linear, rows: int) -> nn.Module:
     """As some tools leave it: the attributes tell another shape."""
     module.weight.data = module.weight.data[:rows]
     return module
+
+
+# --- on a GPU ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Layers take the way that they take on a GPU; the names of the kernels that ran."""
+    ran: list[str] = []
+
+    def watched(name: str, launch: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        ran.append(name)
+        return launch(*arguments)
+
+    monkeypatch.setattr(ops, "uses_triton", lambda tensor, backend: True)
+    for name in ("dequantize_packed", "matmul_packed"):
+        module = getattr(ops, f"_{name}")
+        monkeypatch.setattr(module, name, partial(watched, name, getattr(module, name)))
+    return ran
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 3, 6), (0, 6), (ops.FEW_ROWS + 1, 6)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_layers_multiply_by_codes(
+    bias: bool, shape: tuple[int, ...], kernels: list[str], device: torch.device
+) -> None:
+    plain, module, _ = both(lambda: nn.Linear(6, 5, bias), QuantSpec(3, 2))
+    plain, module, inputs = plain.to(device), module.to(device), torch.randn(shape, device=device)
+    torch.testing.assert_close(module(inputs), plain(inputs), rtol=1e-5, atol=1e-5)
+    rows = inputs.numel() // 6
+    few = ["matmul_packed"] if rows else []
+    assert kernels == (few if rows <= ops.FEW_ROWS else ["dequantize_packed"])
+    with pytest.raises(ValueError, match=r"input must be \[..., 6\], got \[2, 5\]"):
+        module(torch.randn(2, 5, device=device))
+
+
+def test_autocast_decides_the_dtype(kernels: list[str], device: torch.device) -> None:
+    plain, module, _ = both(lambda: nn.Linear(6, 5), QuantSpec(3, 2))
+    plain, module, inputs = plain.to(device), module.to(device), torch.randn(4, 6, device=device)
+    with torch.autocast(device.type, dtype=torch.float16):
+        outputs, expected = module(inputs), plain(inputs)
+    assert outputs.dtype == expected.dtype == torch.float16
+    torch.testing.assert_close(outputs, expected, rtol=1e-2, atol=1e-2)
+    assert kernels == ["matmul_packed"]
+    module.double()(inputs.double())
+    assert kernels == ["matmul_packed", "dequantize_packed"]
+
+
+def test_convolutions_make_their_weight(kernels: list[str], device: torch.device) -> None:
+    plain, module, _ = both(lambda: nn.Conv2d(4, 6, 3, groups=2), QuantSpec(3, 2))
+    plain, module = plain.to(device), module.to(device)
+    torch.testing.assert_close(module.weight, plain.weight.detach(), **EXACT)
+    inputs = torch.randn(2, 4, 5, 5, device=device)
+    torch.testing.assert_close(module(inputs), plain(inputs), **EXACT)
+    assert kernels == ["dequantize_packed"] * 2
 
 
 # --- quantize(pack=True) --------------------------------------------------------------------------
