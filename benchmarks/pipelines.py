@@ -9,7 +9,7 @@ else the package's default. The weights that its output stands for go into the o
 float32, whose perplexity is measured: "on top of the shipped Q4_1", see `accuracy.smollm2`.
 WikiText-2 and the standard library's `pydoc_data.topics` are evaluated at their beginning, and
 calibrate, half each, with sequences from far behind that. "solver s" is the time inside the
-function that is replaced; of AutoRound, whose own algorithm trains whole blocks, that of the blocks.
+function that is replaced; of AutoRound, whose own algorithm trains blocks, that of whole blocks.
 
 Exits with 1 where a patched pipeline's perplexity is above the original's by more than 0.5 %.
 What is not installed is named, and left out.

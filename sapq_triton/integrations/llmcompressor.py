@@ -10,8 +10,8 @@ codes as before, up to ties, with our column kernel in place of its loop over co
 give SAPQ: hence not the default. It takes `precision` and `backend` only. There is no official way
 to unregister: after `unpatch` what we registered declines every call.
 
-Its own code keeps floating point formats, and grids of strategy "tensor_group" and "block". Releases
-before 0.14, which hand over a module instead of tensors, are refused by their signature.
+Its own code keeps floating point formats, and grids of strategy "tensor_group" and "block".
+Releases before 0.14, which hand over a module instead of tensors, are refused.
 """
 
 import sys
