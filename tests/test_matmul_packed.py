@@ -139,6 +139,17 @@ def test_bound(
     assert ((y.double() - expected).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("G", [1, 4])
+def test_a_weight_of_16_bits_is_rounded_once(G: int, device: torch.device) -> None:
+    """One weight per element of y, of scales that 16 bits do not hold."""
+    codes = torch.randint(0, 8, (40, 16), dtype=torch.uint8, device=device)
+    scale = torch.rand(40, G, device=device) + 0.5
+    x = torch.eye(16, dtype=torch.float16, device=device)
+    y = ops.matmul_packed(x, pack(codes, 3), scale, None, 3, "ieee", "triton")
+    expected = ((codes.float() - 4) * scale.repeat_interleave(16 // G, 1)).half()
+    torch.testing.assert_close(y, expected.T, rtol=0, atol=0)
+
+
 def test_any_strides(device: torch.device) -> None:
     x, qweight, scale, qzeros, bits = integers(6, 10, 160, 5, 3, False, torch.float32, device)
     expected = reference.matmul_packed(x.double(), qweight, scale, qzeros, bits).float()
