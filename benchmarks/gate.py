@@ -31,6 +31,7 @@ reference path instead, which tests the gate and says nothing about kernels.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -53,8 +54,10 @@ from benchmarks import (
     bench_accumulate_hessian,
     bench_column_sensitivity,
     bench_compensate,
+    bench_dequantize_packed,
     bench_downdate,
     bench_hessian,
+    bench_matmul_packed,
     bench_models,
     bench_quantize_groups,
     bench_solve_columns,
@@ -356,7 +359,14 @@ class Gate:
             "compensate": lambda: bench_compensate.case(R, C - each, each, device),
             "downdate": lambda: bench_downdate.case(C - each, each, device),
             "solve_rows": lambda: bench_solve_rows.case(*self.sizes.obq, device),
+            "dequantize_packed": lambda: bench_dequantize_packed.case(
+                R, C, 4, each, torch.float16, device
+            ),
         }
+        for rows, bits in itertools.product((1, 16), (3, 4)):
+            made[f"matmul_packed, {rows} x {C}, {bits} bits"] = partial(
+                bench_matmul_packed.case, rows, R, C, bits, each, torch.float16, device
+            )
         for layer, batch in self.sizes.hessians:
             for dtype in DTYPES if layer.columns <= REFERENCE_COLUMNS else ():
                 made[f"accumulate_hessian, {layer.name}, {name_of(dtype)}"] = partial(

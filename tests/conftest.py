@@ -12,6 +12,8 @@ if not HAS_GPU:
 
 
 torch.set_num_threads(1)  # the problems are small, and threads that wait for each other cost more
+with torch.device("meta"):
+    torch.empty(0)  # on first use PyTorch notes which functions allocate: not those of a test below
 
 
 @pytest.fixture

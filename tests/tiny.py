@@ -34,7 +34,8 @@ def pack_randomly(module: nn.Module, spec: QuantSpec, lowest_zero: int = 1) -> P
     R, G = groups * rows, columns // spec.columns_per_group(columns)
     codes = torch.randint(0, 2**spec.bits, (R, columns), dtype=torch.uint8)
     codes[0, :2] = torch.tensor([0, spec.qmax])
-    scale = (torch.rand(R, G) * 0.1 + 0.01).to(getattr(torch, spec.scale_dtype))
+    scale = (torch.rand(R, G) * 0.1 + 0.01).mul(2.0 ** (4 - spec.bits))
+    scale = scale.to(getattr(torch, spec.scale_dtype))
     zero = torch.randint(lowest_zero, 2**spec.bits, (R, G), dtype=torch.uint8)
     zero[0, 0], zero[-1, -1] = lowest_zero, spec.qmax
     if spec.symmetric:
