@@ -4,9 +4,10 @@
     OMP_NUM_THREADS=1 python -m benchmarks.pipelines --wikitext wiki.test.raw --json pipelines.json
 
 Each pipeline runs twice in one process, as its package is installed and after `sapq_triton.patch`,
-on the same calibration data and with the same settings: 4 bits, symmetric, groups of 64, everything
-else the package's default. The weights that its output stands for go into the original model in
-float32, whose perplexity is measured: "on top of the shipped Q4_1", see `accuracy.smollm2`.
+on the same calibration data and with the same settings: --bits, symmetric, groups of 64, everything
+else the package's default. Beside them runs our own `quantize`, with rounding to nearest as the
+baseline. The dequantized weights go into the original model in float32, whose perplexity is
+measured: "on top of the shipped Q4_1", see `accuracy.smollm2`.
 WikiText-2 and the standard library's `pydoc_data.topics` are evaluated at their beginning, and
 calibrate, half each, with sequences from far behind that. "solver s" is the time inside the
 function that is replaced; of AutoRound, whose own algorithm trains blocks, that of whole blocks.
@@ -26,7 +27,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +41,15 @@ from benchmarks.accuracy.smollm2 import (
     topics,
 )
 from benchmarks.measure import environment, markdown
+from sapq_triton import QuantSpec
+from sapq_triton.spec import Order
 
 BITS, GROUP_SIZE = 4, 64
 ALLOWED = 1.005  # perplexity, patched / original
 
 Weights = dict[str, Tensor]  # of the quantized layers, by their names in the model
-Pipeline = Callable[[Path, Tensor, "Stopwatch"], Weights]
+# folder of the model, bits, calibration, who measures the solver  ->  dequantized weights
+Pipeline = Callable[[Path, int, Tensor, "Stopwatch"], Weights]
 
 
 class Stopwatch:
@@ -72,12 +76,12 @@ class Stopwatch:
             setattr(owner, name, inner)
 
 
-def gptqmodel(folder: Path, calibration: Tensor, watch: Stopwatch) -> Weights:
+def gptqmodel(folder: Path, bits: int, calibration: Tensor, watch: Stopwatch) -> Weights:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its default fails on two cores
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
     from gptqmodel.quantization.gptq import GPTQ
 
-    config = QuantizeConfig(bits=BITS, group_size=GROUP_SIZE, sym=True, offload_to_disk=False)
+    config = QuantizeConfig(bits=bits, group_size=GROUP_SIZE, sym=True, offload_to_disk=False)
     model = GPTQModel.load(str(folder), config, device="cpu", dtype=torch.float32)
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in calibration]
     with watch.on(GPTQ, "quantize"):
@@ -88,7 +92,7 @@ def gptqmodel(folder: Path, calibration: Tensor, watch: Stopwatch) -> Weights:
         return dequantized(stored.model)
 
 
-def optimum(folder: Path, calibration: Tensor, watch: Stopwatch) -> Weights:
+def optimum(folder: Path, bits: int, calibration: Tensor, watch: Stopwatch) -> Weights:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel.quantization.gptq import GPTQ
     from optimum.gptq import GPTQQuantizer
@@ -98,13 +102,13 @@ def optimum(folder: Path, calibration: Tensor, watch: Stopwatch) -> Weights:
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])}
             for row in calibration]  # fmt: skip
     quantizer = GPTQQuantizer(
-        bits=BITS, dataset=rows, group_size=GROUP_SIZE, sym=True, model_seqlen=calibration.shape[1]
+        bits=bits, dataset=rows, group_size=GROUP_SIZE, sym=True, model_seqlen=calibration.shape[1]
     )
     with watch.on(GPTQ, "quantize"):
         return dequantized(quantizer.quantize_model(model, AutoTokenizer.from_pretrained(folder)))
 
 
-def llmcompressor(folder: Path, calibration: Tensor, watch: Stopwatch) -> Weights:
+def llmcompressor(folder: Path, bits: int, calibration: Tensor, watch: Stopwatch) -> Weights:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier, base
@@ -112,7 +116,7 @@ def llmcompressor(folder: Path, calibration: Tensor, watch: Stopwatch) -> Weight
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    args = QuantizationArgs(num_bits=BITS, symmetric=True, strategy="group", group_size=GROUP_SIZE)
+    args = QuantizationArgs(num_bits=bits, symmetric=True, strategy="group", group_size=GROUP_SIZE)
     recipe = GPTQModifier(
         config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=args)},
         ignore=["lm_head"],
@@ -134,7 +138,7 @@ def llmcompressor(folder: Path, calibration: Tensor, watch: Stopwatch) -> Weight
     }
 
 
-def auto_round(folder: Path, calibration: Tensor, watch: Stopwatch) -> Weights:
+def auto_round(folder: Path, bits: int, calibration: Tensor, watch: Stopwatch) -> Weights:
     """Its own algorithm is SignRound, 200 iterations; ours is chosen where it is patched."""
     from auto_round import AutoRound
     from auto_round.algorithms.composer import AlgorithmComposer
@@ -146,7 +150,7 @@ def auto_round(folder: Path, calibration: Tensor, watch: Stopwatch) -> Weights:
     rounder = AutoRound(
         model,
         AutoTokenizer.from_pretrained(folder),
-        bits=BITS,
+        bits=bits,
         group_size=GROUP_SIZE,
         sym=True,
         alg_configs="sapq" if is_patched() else "signround",
@@ -163,13 +167,13 @@ def auto_round(folder: Path, calibration: Tensor, watch: Stopwatch) -> Weights:
     }
 
 
-def neural_compressor(folder: Path, calibration: Tensor, watch: Stopwatch) -> Weights:
+def neural_compressor(folder: Path, bits: int, calibration: Tensor, watch: Stopwatch) -> Weights:
     from neural_compressor.torch.algorithms.weight_only.gptq import GPTQ
     from neural_compressor.torch.quantization import GPTQConfig, convert, prepare
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = prepare(model, GPTQConfig(bits=BITS, group_size=GROUP_SIZE, use_sym=True))
+    model = prepare(model, GPTQConfig(bits=bits, group_size=GROUP_SIZE, use_sym=True))
     for row in calibration:
         model(row[None])
     with watch.on(GPTQ, "fasterquant"):
@@ -216,21 +220,48 @@ class Row:
 
 
 def run(
-    name: str, patched: bool, folder: Path, calibration: Tensor, texts: Sequence[Tensor]
+    name: str, patched: bool, folder: Path, bits: int, calibration: Tensor, texts: Sequence[Tensor]
 ) -> Row:
     watch, started = Stopwatch(), time.perf_counter()
     with sapq_triton.patch(name) if patched else nullcontext():
-        weights = PIPELINES[name](folder, calibration, watch)
+        weights = PIPELINES[name](folder, bits, calibration, watch)
     seconds = time.perf_counter() - started
+    of = version(DISTRIBUTIONS.get(name, name))
+    solver = "SAPQ" if patched else "its own"
+    return Row(name, of, solver, *perplexities(weights, texts), watch.seconds, seconds)
+
+
+def run_alone(
+    order: Order, folder: Path, bits: int, calibration: Tensor, texts: Sequence[Tensor]
+) -> Row:
+    """`quantize` itself, on the grid that GPTQ files hold."""
+    from transformers import AutoModelForCausalLM
+
+    started = time.perf_counter()
+    report = sapq_triton.quantize(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        calibration.split(8),
+        QuantSpec(bits, GROUP_SIZE, symmetric=True, scale_dtype="float16"),
+        skip=["lm_head"],
+        order=order,
+        forward=lambda model, batch: model.base_model(input_ids=batch, use_cache=False),
+        progress=False,
+    )
+    seconds = time.perf_counter() - started
+    weights = {layer.name: layer.dequantize()[0] for layer in report.layers}
+    solver = sum(layer.seconds_solve for layer in report.layers)
+    found = perplexities(weights, texts)
+    return Row("sapq_triton", version("sapq-triton"), order, *found, solver, seconds)
+
+
+def perplexities(weights: Weights, texts: Sequence[Tensor]) -> list[float]:
+    """Of the original model with these weights, on WikiText-2 and topics."""
     model = load()
+    if len(weights) != 7 * model.config.num_hidden_layers:
+        raise AssertionError(f"{len(weights)} layers are quantized")
     for layer, weight in weights.items():
         model.get_submodule(layer).weight.data.copy_(weight)
-    if len(weights) != 7 * model.config.num_hidden_layers:
-        raise AssertionError(f"{name} quantized {len(weights)} layers")
-    found = [perplexity(model, text) for text in texts]
-    solver = "SAPQ" if patched else "its own"
-    of = version(DISTRIBUTIONS.get(name, name))
-    return Row(name, of, solver, found[0], found[1], watch.seconds, seconds)
+    return [perplexity(model, text) for text in texts]
 
 
 def worse(rows: Sequence[Row]) -> list[str]:
@@ -249,7 +280,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="benchmarks.pipelines", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--wikitext", type=Path, required=True, help="test text of WikiText-2")
-    parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=list(PIPELINES))
+    parser.add_argument("--pipelines", nargs="*", choices=PIPELINES, default=list(PIPELINES))
+    parser.add_argument(
+        "--alone", nargs="*", choices=get_args(Order), default=["nearest", "sensitivity"],
+        help="orders of our own quantize (nearest, sensitivity)",
+    )  # fmt: skip
+    parser.add_argument("--bits", type=int, default=BITS)
     parser.add_argument("--calibration", type=int, default=16, help="sequences of 512 tokens")
     parser.add_argument("--evaluation", type=int, default=4, help="sequences of 1024 tokens")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
@@ -265,12 +301,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = [perplexity(model, text) for text in texts]
     print(f"float32: WikiText-2 {before[0]:.3f}, pydoc_data.topics {before[1]:.3f}", flush=True)
     rows: list[Row] = []
+    alone: list[Row] = []
     left_out = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "smollm2"
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         del model
+        for order in options.alone:
+            alone.append(run_alone(order, folder, options.bits, calibration, texts))
+            print(alone[-1], file=sys.stderr, flush=True)
         for pipeline in options.pipelines:
             try:
                 version(DISTRIBUTIONS.get(pipeline, pipeline))
@@ -278,13 +318,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 left_out[pipeline] = "not installed"
                 continue
             for patched in (False, True):
-                rows.append(run(pipeline, patched, folder, calibration, texts))
+                rows.append(run(pipeline, patched, folder, options.bits, calibration, texts))
                 print(rows[-1], file=sys.stderr, flush=True)
     header = ("pipeline", "version", "solver", "WikiText-2", "topics", "solver s", "all s")
     cells = [
         (r.pipeline, r.version, r.solver, f"{r.wikitext:.3f}", f"{r.topics:.3f}",
          f"{r.solver_seconds:.1f}", f"{r.seconds:.0f}")
-        for r in rows
+        for r in alone + rows
     ]  # fmt: skip
     print(markdown(header, cells))
     for pipeline, reason in left_out.items():
@@ -293,11 +333,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = {
             "environment": environment(torch.device("cpu"), of=options.commit),
             "settings": {
-                "bits": BITS, "group_size": GROUP_SIZE, "symmetric": True,
+                "bits": options.bits, "group_size": GROUP_SIZE, "symmetric": True,
                 "calibration": list(calibration.shape), "evaluation": list(texts[0].shape),
             },
             "float32": {"wikitext": before[0], "topics": before[1]},
-            "rows": [asdict(row) for row in rows],
+            "rows": [asdict(row) for row in alone + rows],
         }  # fmt: skip
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     for line in (failed := worse(rows)):

@@ -36,7 +36,8 @@ class GPTQ(LayerProblem):
 
     layer: Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, with groups too (a Hessian for each), or
     transformers' Conv1D; on any device.
-    order: of `solve`. None: "sensitivity" where `actorder` is True, else "natural".
+    order: of `solve`, by default "sensitivity" whatever `actorder` says: grids lie in original
+    order, so that no order costs an engine anything.
     sweeps, precision, backend: of `solve`.
     compat: the published algorithm instead, with what is peculiar to it: a group that begins inside
     a block takes its grid from weights that lack the block's updates, `actorder` without
@@ -142,7 +143,7 @@ class GPTQ(LayerProblem):
             solved = solve_on_grid(
                 weight, hessian, scale, zero,
                 bits=bits, group_size=group_size, damp=percdamp, block=blocksize,
-                order=self.order or ("sensitivity" if actorder else "natural"),
+                order=self.order or "sensitivity",
                 sweeps=self.sweeps, precision=self.precision, backend=self.backend,
             )  # fmt: skip
             codes, quantized = solved.codes, solved.quantized

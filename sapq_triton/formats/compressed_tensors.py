@@ -6,6 +6,9 @@ A linear layer of R rows (outputs), C columns (inputs) and G groups is
     weight_scale       [R, G]                 in the dtype of the model
     weight_shape       int64 [2]              R, C
     weight_zero_point  int32 [words(R), G]    packed along the rows; only where asymmetric
+
+transformers 5.23 with compressed-tensors 0.20 loads asymmetric groups, whoever wrote them, with
+`quantization_config=CompressedTensorsConfig(dequantize=True)` only, and asymmetric channels never.
 """
 
 import re

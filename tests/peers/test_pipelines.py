@@ -34,7 +34,7 @@ def test_layer_errors_are_lower(
         torch.manual_seed(0)
         watch = Stopwatch()
         with maybe(name, patched):
-            found.append(errors(PIPELINES[name](folder, calibration, watch)))
+            found.append(errors(PIPELINES[name](folder, BITS, calibration, watch)))
         seconds.append(watch.seconds)
     theirs, ours = found
     assert mean(ours.values()) < mean(theirs.values())
