@@ -115,14 +115,14 @@ def test_llmcompressor_block_is_the_loop_over_its_columns(group_size: int, symme
 # --- GPTQModel ------------------------------------------------------------------------------------
 
 
-def gptqmodel_task(layer: nn.Module, group_size: int, sym: bool = True) -> Any:
+def gptqmodel_task(layer: nn.Module, group_size: int, sym: bool = True, mse: float = 0) -> Any:
     weight = layer.get_parameter("weight")
     quantizer = Quantizer()
     quantizer.configure(4, perchannel=True, sym=sym)
     return SimpleNamespace(
         module=layer,
         clone_module=lambda device: weight.data.flatten(1).float().clone(),
-        qcfg=SimpleNamespace(group_size=group_size, damp_percent=0.05),
+        qcfg=SimpleNamespace(group_size=group_size, damp_percent=0.05, sym=sym, mse=mse),
         quantizer=quantizer,
         nsamples=300,
         H=None,
@@ -135,7 +135,7 @@ def test_gptqmodel_gets_what_it_expects(group_size: int) -> None:
     layer = nn.Linear(48, 10, dtype=torch.bfloat16)
     layer.weight.data = weight.bfloat16()
     task = gptqmodel_task(layer, group_size)
-    out = gptqmodel._quantize(task, hessian, Options(), started=0.0)
+    out = gptqmodel._quantize(task, hessian, gptqmodel.Options(), started=0.0)
     quantized, scale, zero, g_idx, seconds, loss, damp, samples = out
     size = 48 if group_size == -1 else group_size
     assert quantized.shape == (10, 48) and quantized.dtype == torch.bfloat16
@@ -152,10 +152,30 @@ def test_gptqmodel_gets_what_it_expects(group_size: int) -> None:
     assert loss == pytest.approx(error.item() / 2 / 300, rel=1e-3)
 
 
+@pytest.mark.parametrize("sym", [True, False])
+def test_gptqmodel_scales_are_searched_unless_its_quantizer_is_asked(sym: bool) -> None:
+    weight, hessian = problem()
+    layer = nn.Linear(48, 10)
+    layer.weight.data = weight.clone()
+
+    def scale_of(mse: float, search: Any) -> Tensor:
+        task, options = gptqmodel_task(layer, 16, sym, mse), gptqmodel.Options(scale_search=search)
+        return gptqmodel._quantize(task, hessian, options, started=0.0)[1]
+
+    full, searched = (
+        solve(weight, hessian, QuantSpec(4, 16, sym, search, "float16")).scale
+        for search in ("absmax", "mse")
+    )
+    assert not torch.equal(full, searched)
+    assert torch.equal(scale_of(0, "mse"), searched)
+    for mse, search in ((2.4, "mse"), (0, "absmax")):
+        torch.testing.assert_close(scale_of(mse, search), full, rtol=1e-3, atol=0)
+
+
 def test_gptqmodel_a_convolution_keeps_its_shape() -> None:
     layer = nn.Conv2d(4, 6, 3)
     _, hessian = problem(36)
-    out = gptqmodel._quantize(gptqmodel_task(layer, -1), hessian, Options(), started=0.0)
+    out = gptqmodel._quantize(gptqmodel_task(layer, -1), hessian, gptqmodel.Options(), started=0.0)
     assert out[0].shape == layer.weight.shape
     assert (out[0] - layer.weight).abs().max() < 4 * out[1].max()
 

@@ -1,9 +1,11 @@
 """GPTQModel: its class `GPTQ`, whose `quantize` the whole package calls.
 
-Its quantizer finds the grids, on the original weight, so `bits`, `sym`, `mse` and `group_size` are
-obeyed. Groups lie in original column order whatever `desc_act`, `act_group_aware` and
-`static_groups` say: `g_idx[i] = i // group_size`, which each of these settings allows in a file.
-Scales are rounded to float16 first, as they are stored, so that packing changes no weight.
+`bits`, `sym` and `group_size` are obeyed. Scales are found on the original weight, by our search
+for the least squared error where its own quantizer would span the full range (`mse=0`, its
+default); with `mse` set, or `scale_search="absmax"`, its quantizer finds them. Groups lie in
+original column order whatever `desc_act`, `act_group_aware` and `static_groups` say:
+`g_idx[i] = i // group_size`, which each of these settings allows in a file. Scales are rounded to
+float16 first, as they are stored, so that packing changes no weight.
 `damp_percent` is obeyed. The loss is half the layer error, per sample, without damping.
 
 Its own code keeps what it alone knows: embeddings, `fallback` for modules that saw too few samples,
@@ -12,19 +14,35 @@ their own, and keep them.
 """
 
 import time
+from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..dropin.problem import bits_of, find_grids, solve_on_grid
-from .patching import Options, Swap, check_signature
+from .. import ops
+from ..dropin.problem import FindGrid, bits_of, find_grids, solve_on_grid
+from ..spec import MSE_SHRINK, ScaleSearch
+from . import patching
+from .patching import Swap, check_signature
 
 DISTRIBUTION = "gptqmodel"
 KNOWN_VERSIONS = ("7.6",)
 
-__all__ = ["DISTRIBUTION", "KNOWN_VERSIONS", "Options", "swaps"]
+
+@dataclass(frozen=True)
+class Options(patching.Options):
+    """As all packages', and scale_search: see the module."""
+
+    scale_search: ScaleSearch = "mse"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale_search not in get_args(ScaleSearch):
+            raise ValueError(
+                f"scale_search must be one of {get_args(ScaleSearch)}, got {self.scale_search!r}"
+            )
 
 
 def swaps(options: Options) -> list[Swap]:
@@ -63,20 +81,32 @@ def swap_of(kind: Any, options: Options) -> Swap:
     return Swap(kind, "quantize", quantize)
 
 
-def _quantize(
-    task: Any, hessian: torch.Tensor, options: Options, started: float
-) -> tuple[Any, ...]:
+def _finder(task: Any, options: Options) -> FindGrid:
+    """What makes a grid of columns."""
+    qmax = 2 ** bits_of(task.quantizer.maxq) - 1
+
+    def theirs(columns: Tensor) -> tuple[Tensor, Tensor]:
+        task.quantizer.find_params(columns, weight=True)
+        return task.quantizer.scale, task.quantizer.zero
+
+    def ours(columns: Tensor) -> tuple[Tensor, Tensor]:
+        _, scale, zero = ops.quantize_groups(
+            columns[None], columns.shape[1], qmax, task.qcfg.sym, MSE_SHRINK, options.backend
+        )
+        return scale[0], zero[0]
+
+    chosen = getattr(task.qcfg, "mse", 0) or options.scale_search == "absmax"
+    return theirs if chosen else ours
+
+
+def _quantize(task: Any, hessian: Tensor, options: Options, started: float) -> tuple[Any, ...]:
     """What GPTQModel wants back: weight, scale, zero, g_idx, seconds, loss, damping, samples."""
     stored = task.module.weight
     weight = task.clone_module(device=hessian.device)[None]  # float32 [1, R, C], a copy
     C = weight.shape[2]
     group_size = C if task.qcfg.group_size == -1 else task.qcfg.group_size
 
-    def find(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        task.quantizer.find_params(columns, weight=True)
-        return task.quantizer.scale, task.quantizer.zero
-
-    scale, zero = find_grids(weight, group_size, find)
+    scale, zero = find_grids(weight, group_size, _finder(task, options))
     scale = scale.half().clamp_(min=2**-24).float()  # as it is stored, but for a zero
     solved = solve_on_grid(
         weight, hessian[None], scale, zero,

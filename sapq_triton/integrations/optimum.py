@@ -4,8 +4,8 @@
 `quantize` that is replaced: see `gptqmodel` here for what is obeyed, and what is left alone.
 """
 
-from .gptqmodel import swap_of
-from .patching import Options, Swap
+from .gptqmodel import Options, swap_of
+from .patching import Swap
 
 DISTRIBUTION = "optimum"
 KNOWN_VERSIONS = ("2.3",)

@@ -114,7 +114,7 @@ def patch(name: str, *, any_version: bool = False, **options: Any) -> Patch:
     name: one of NAMES, the package's import name. any_version: also where its version is none of
     those that were tried; its functions must still have the signatures that we know.
     order, block, sweeps, precision, backend: of `solve`. damp: in place of the pipeline's own.
-    "llmcompressor" also takes `level`; see its module.
+    "llmcompressor" also takes `level`, "gptqmodel" and "optimum" `scale_search`; see their modules.
 
     ValueError where the package is missing, its version or a signature is not one that we know, the
     name is patched already ("optimum" quantizes with GPTQModel's class: one of the two), or an
