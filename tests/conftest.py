@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,6 +15,19 @@ if not HAS_GPU:
 torch.set_num_threads(1)  # the problems are small, and threads that wait for each other cost more
 with torch.device("meta"):
     torch.empty(0)  # on first use PyTorch notes which functions allocate: not those of a test below
+
+# what a machine lent for its GPU may lack, and the tests that are about nothing else
+EXTRAS = {
+    "onnx": ["test_onnx*.py"],
+    "safetensors": ["test_compressed_tensors.py", "test_formats*.py", "peers/test_gptqmodel.py"],
+    "transformers": ["test_cli.py"],
+}
+MISSING = [package for package in EXTRAS if find_spec(package) is None]
+collect_ignore_glob = [name for package in MISSING for name in EXTRAS[package]]
+
+
+def pytest_report_header() -> list[str]:
+    return [f"left out without {package}: {', '.join(EXTRAS[package])}" for package in MISSING]
 
 
 @pytest.fixture
