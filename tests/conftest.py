@@ -16,7 +16,7 @@ torch.set_num_threads(1)  # the problems are small, and threads that wait for ea
 with torch.device("meta"):
     torch.empty(0)  # on first use PyTorch notes which functions allocate: not those of a test below
 
-# what a machine lent for its GPU may lack, and the tests that are about nothing else
+# what a bare GPU machine may lack, and the tests that are about nothing else
 EXTRAS = {
     "onnx": ["test_onnx*.py"],
     "safetensors": ["test_compressed_tensors.py", "test_formats*.py", "peers/test_gptqmodel.py"],
