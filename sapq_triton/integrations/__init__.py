@@ -6,8 +6,9 @@
     with sapq_triton.patch("llmcompressor", order="activation", damp=0.02):
         oneshot(...)
 
-Grids, bits, groups, calibration and files stay the pipeline's own; only which codes are chosen on
-its grids changes. Each module here says what of its package is replaced, and what is left alone.
+Bits, groups, calibration and files stay the pipeline's own, and so do its grids, but that the
+scales of GPTQModel are searched; which codes are chosen on them changes. Each module here says what
+of its package is replaced, and what is left alone.
 """
 
 from .patching import NAMES, Patch, patch, unpatch
