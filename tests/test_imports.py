@@ -22,7 +22,9 @@ MAY_IMPORT = {
     "obq": {"ops", "tile"},
     "result": {"spec"},
     "packing": set(),
-    "solver": {"spec", "result", "reference", "ops", "tile", "order", "hessian", "obq"},
+    "preset": {"spec"},
+    "refine": {"hessian", "ops", "result"},
+    "solver": {"spec", "result", "reference", "ops", "tile", "order", "hessian", "obq", "refine"},
 }
 
 
