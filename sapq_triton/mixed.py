@@ -10,6 +10,7 @@ of them is known, and what remains is the same problem on a smaller Hessian,
 by which they take up as much of the rounding error as they can.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
@@ -72,13 +73,16 @@ def solve_row_bits(
     the smallest width.
     """
     widths = check_bits(bits)
+    limit = knapsack.whole_bits(mean_bits, math.prod(weight.shape[:-1]))
+    if mean_bits < widths[0]:
+        raise ValueError(f"mean_bits {mean_bits} is too small: {widths[0]} is the least possible")
     options = {**options, "measure": True}
     results = [solve(weight, hessian, replace(spec, bits=b), **options) for b in widths]
     measured = [cast(Tensor, result.report.row_error) for result in results]
     row_error = torch.stack(measured, -1)  # [..., R, widths]
     rows = row_error.flatten(0, -2).cpu().numpy()
     costs = [np.array(widths, dtype=np.float64)] * len(rows)
-    chosen = knapsack.choose(list(rows), costs, knapsack.whole_bits(mean_bits, len(rows)))
+    chosen = knapsack.choose(list(rows), costs, limit)
     index = torch.tensor(chosen, device=weight.device).reshape(weight.shape[:-1])
 
     def pick(tensors: Sequence[Tensor]) -> Tensor:
@@ -153,7 +157,8 @@ def solve_float_columns(
         or of the largest sensitivity S_c = sum_r (w_rc - Q(w_rc))^2 / (H^-1)_cc ("sensitivity").
     dtype: of the kept weights, torch.float16, bfloat16 or float32.
 
-    Grids are found without the kept columns. For the codes that were found the kept weights are the
+    A column of large inputs is found by either, one of large weights by none. Grids are found
+    without the kept columns. For the codes that were found the kept weights are the
     best ones, before they are rounded to `dtype`, for the damped H. ValueError as of `solve`, where
     a kept weight is beyond `dtype`, and where H is not positive definite with any damping that
     `solve` tries.
