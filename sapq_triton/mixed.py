@@ -191,10 +191,8 @@ def solve_float_columns(
     schur = (schur + schur.mT) / 2
     mask = torch.zeros(len(w), columns, dtype=torch.bool, device=w.device)
     mask[each, kept] = True
-    # kept columns stay in their places, as zeros without coupling: they round to 0 without error
+    # kept columns stay in their places, as zeros that never fire: they round to 0 without error
     schur.masked_fill_(mask[:, :, None] | mask[:, None, :], 0)
-    mean = schur.diagonal(dim1=1, dim2=2).sum(1) / (columns - count)
-    schur.diagonal(dim1=1, dim2=2).add_(mask * mean[:, None])
     rest = w.masked_fill(mask[:, None, :], 0)
     result = solve(rest, schur, spec, damp=0.0, **{**options, "measure": False})
 

@@ -182,6 +182,15 @@ def test_fisher_of_convolutions(loss: Any) -> None:
         close(found.layers[name].errors["trace"], trace)
 
 
+def test_fisher_of_a_first_layer_that_is_changed_in_place() -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)).eval()
+    batches = [torch.randn(8, 5) for _ in range(2)]
+    found = curves_of(model, batches, "fisher", samples=2)
+    expected = literal_fisher(model, batches[:1], batches[1:], model, "kl", 2)
+    for name, (fisher, _) in expected.items():
+        close(found.layers[name].errors["fisher"], fisher)
+
+
 def test_fisher_of_tokens() -> None:
     """An example is a sequence, however a layer sees it; the calls of a layer count together."""
     model, batches = Tokens().eval(), tokens(2)

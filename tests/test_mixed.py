@@ -206,6 +206,7 @@ def test_dead_columns_and_a_singular_hessian() -> None:
     hessian[:, 7] = hessian[7] = 0
     found = solve_float_columns(weight, hessian, SPEC, count=3, criterion="activation")
     assert found.dequantize().isfinite().all()
+    assert solve_float_columns(weight, hessian, SPEC, count=3, damp=0.0).damp == 0
     weight, hessian = ill_conditioned(5, 40)
     hessian -= 0.5 * hessian.diagonal().mean() * torch.eye(40)  # not positive definite
     hessian.diagonal().clamp_(min=1e-3)

@@ -34,7 +34,7 @@ from benchmarks.measure import environment, markdown
 from sapq_triton import ErrorCurves, QuantSpec, allocate, error_curves, quantize
 from sapq_triton.curves import BITS, Score
 
-UNIFORM = "uniform"
+UNIFORM, ERROR = "uniform", ", standard error"
 SCORES: tuple[Score, ...] = get_args(Score)
 
 
@@ -53,30 +53,43 @@ class Trial:
     skip: tuple[str, ...] = ()
 
 
+def with_error(name: str, values: Tensor) -> dict[str, float]:
+    """Mean over the examples, and its standard error."""
+    error = values.std() / len(values) ** 0.5
+    return {name: values.mean().item(), name + ERROR: error.item()}
+
+
 # --- models ---------------------------------------------------------------------------------------
 
 
 def lite0(options: argparse.Namespace) -> Callable[[int], Trial]:
-    from benchmarks.accuracy.lite0 import BATCH, predict, read_images
+    from benchmarks.accuracy.lite0 import BATCH, read_images
     from sapq_triton.models.efficientnet_lite import load_efficientnet_lite0, preprocess
 
     model = load_efficientnet_lite0()
     pixels, labels = read_images(options.images)
-    before = predict(model, pixels)
+
+    @torch.inference_mode()
+    def logits(each: nn.Module, images: Tensor) -> Tensor:
+        return torch.cat([each(preprocess(part)) for part in images.split(BATCH)]).double()
+
+    before = logits(model, pixels)
 
     def trial(seed: int) -> Trial:
         shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         calibration, held_out = shuffled.tensor_split([options.calibration])
 
         def quality(quantized: nn.Module) -> dict[str, float]:
-            after = predict(quantized, pixels[held_out])
-            right, was = after == labels[held_out], before[held_out] == labels[held_out]
-            change = 100 * (right.double() - was.double())
+            after, was = logits(quantized, pixels[held_out]), before[held_out]
+            found, fp32, truth = after.argmax(1), was.argmax(1), labels[held_out]
+            change = 100 * ((found == truth).double() - (fp32 == truth).double())
+            p, q = was.log_softmax(1), after.log_softmax(1)
+            divergence = (p.exp() * (p - q)).sum(1)
             return {
-                "top-1": 100 * right.double().mean().item(),
-                "change": change.mean().item(),
-                "standard error": (change.std() / len(change) ** 0.5).item(),
-                "agreement": 100 * (after == before[held_out]).double().mean().item(),
+                "top-1": 100 * (found == truth).double().mean().item(),
+                **with_error("change", change),
+                **with_error("agreement", 100 * (found == fp32).double()),
+                **with_error("KL to fp32", divergence),
             }
 
         batches = [preprocess(part) for part in pixels[calibration].split(BATCH)]
@@ -242,29 +255,31 @@ def table(result: dict[str, Any], seeds: Sequence[int]) -> str:
         score, _, seed = key.rpartition(" | ")
         if int(seed) in seeds:
             groups.setdefault(score, []).append(cell)
-    left_out = ("environment", "bits", "seconds of curves", "standard error")
-    columns = [name for name in next(iter(groups.values()))[0] if name not in left_out]
+    left_out = ("environment", "bits", "seconds of curves")
+    columns = [
+        name
+        for name in next(iter(groups.values()))[0]
+        if name not in left_out and not name.endswith(ERROR)
+    ]
     rows = []
     for score, cells in groups.items():
         row = [score]
         for name in columns:
             values = torch.tensor([cell[name] for cell in cells], dtype=torch.float64)
-            text = f"{values.mean().item():.4g}"
-            if name == "change":
-                text = f"{values.mean().item():+.3g}"
-                if "standard error" in cells[0]:  # of the paired difference, in one seed
-                    text += f" ± {sum(cell['standard error'] for cell in cells) / len(cells):.2g}"
-                elif len(cells) > 1:
-                    text += f" ± {values.std().item():.2g}"
+            text = f"{values.mean().item():+.3g}" if name == "change" else f"{values.mean():.4g}"
+            if name + ERROR in cells[0]:
+                text += f" ± {sum(cell[name + ERROR] for cell in cells) / len(cells):.2g}"
+            elif name == "change" and len(cells) > 1:
+                text += f" ± {values.std().item():.2g}"
             row.append(text)
         rows.append(row)
     grid = "symmetric" if setup["symmetric"] else "asymmetric"
     groups_of = "per channel" if setup["group size"] < 0 else f"groups of {setup['group size']}"
     commits = sorted({cell["environment"]["commit"] for cell in result["cells"].values()})
-    paired = any("standard error" in cell for cells in groups.values() for cell in cells)
+    by_example = any("change" + ERROR in cell for cells in groups.values() for cell in cells)
     noise = (
-        "± is the standard error of the paired difference to fp32 in one seed"
-        if paired
+        "± is the standard error over the examples of one seed, each paired with its fp32 result"
+        if by_example
         else "± is the sample standard deviation over the seeds"
         if len(seeds) > 1
         else "noise is not known, there is one seed"
