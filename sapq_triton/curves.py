@@ -69,10 +69,9 @@ def error_curves(
     forward: called as forward(model, batch), and its result is what `loss` compares.
     options: of `solve`, such as order, damp, or sweeps.
 
-    In memory at once: the Hessians of all layers ("relative" and "measured": also those of the
-    held-out batches), then the codes of all layers at all widths. Layers that no batch of either
-    part reaches have no curve, but a reason in `skipped`. ValueError for bad arguments, and where a
-    score needs a gradient that the model does not let through.
+    In memory at once: the Hessians of all layers, and the codes of all layers at all widths. Layers
+    that no batch of either part reaches have no curve, but a reason in `skipped`. ValueError for
+    bad arguments, and where a score needs a gradient that the model does not let through.
     """
     wanted = (score,) if isinstance(score, str) else tuple(dict.fromkeys(score))
     widths = check_bits(bits)
@@ -94,6 +93,10 @@ def error_curves(
 
     found: dict[str, dict[str, tuple[float, ...]]] = {}
     with _undisturbed(model):
+        if wanted == ("relative",):
+            loss = None
+        elif loss is None:
+            loss = scores.natural_loss(run(test[0]))
         sums, normed = _input_sums(model, targets, fit, run, mask_of, hessian_dtype, options)
         rounded = {}
         for name, target in targets.items():
@@ -102,8 +105,6 @@ def error_curves(
                 rounded[name] = _rounded(target, sums.pop(name), widths, corrected, options)
             else:
                 skipped[name] = "no calibration row reached it"
-        if wanted != ("relative",):
-            loss = loss or scores.natural_loss(run(test[0]))
         if loss and {"fisher", "trace"} & set(wanted):
             estimates = scores.fisher(model, test, rounded, run, mask_of, loss, samples, seed)
             found["fisher"] = {name: fisher for name, (fisher, _) in estimates.items()}
@@ -139,7 +140,7 @@ def error_curves(
             errors={each: found[each][name] for each in wanted},
             notes=tuple(targets[name].notes),
         )
-    return ErrorCurves(curves, wanted, loss if wanted != ("relative",) else None, skipped)
+    return ErrorCurves(curves, wanted, loss, skipped)
 
 
 def _check(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import knapsack, ops
 from .hessian import damped, inverse, permuted, revive
-from .result import dequantize, row_errors
+from .result import SolveReport, dequantize, row_errors
 from .solver import DAMP_LADDER, SMALLEST_RETRY, solve
 from .spec import QuantSpec, check_bits
 
@@ -34,20 +34,15 @@ class RowBitsResult:
     """codes uint8 [..., R, C]; scale and zero_point float32 [..., R, G] in original column order.
 
     bits: of each row, int64 [..., R]; its codes are 0 to 2**bits - 1. spec: of all but the bits.
-    row_error: e H e^T of each row e of W - Q, float64 [..., R].
+    report: of all rows together; damping and fallback are the worst of any width that was solved.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
     bits: Tensor
-    row_error: Tensor
     spec: QuantSpec
-
-    @property
-    def error(self) -> Tensor:
-        """Layer error tr((W - Q) H (W - Q)^T), float64 [...]"""
-        return self.row_error.sum(-1)
+    report: SolveReport
 
     def dequantize(self) -> Tensor:
         """(codes - zero_point) * scale, float32 [..., R, C]"""
@@ -78,9 +73,9 @@ def solve_row_bits(
         raise ValueError(f"mean_bits {mean_bits} is too small: {widths[0]} is the least possible")
     options = {**options, "measure": True}
     results = [solve(weight, hessian, replace(spec, bits=b), **options) for b in widths]
-    measured = [cast(Tensor, result.report.row_error) for result in results]
-    row_error = torch.stack(measured, -1)  # [..., R, widths]
-    rows = row_error.flatten(0, -2).cpu().numpy()
+    reports = [result.report for result in results]
+    row_error = torch.stack([cast(Tensor, report.row_error) for report in reports], -1)
+    rows = row_error.flatten(0, -2).cpu().numpy()  # of each row, by width
     costs = [np.array(widths, dtype=np.float64)] * len(rows)
     chosen = knapsack.choose(list(rows), costs, limit)
     index = torch.tensor(chosen, device=weight.device).reshape(weight.shape[:-1])
@@ -96,8 +91,13 @@ def solve_row_bits(
         scale=pick([result.scale for result in results]),
         zero_point=pick([result.zero_point for result in results]),
         bits=torch.tensor(widths, device=weight.device)[index],
-        row_error=row_error.gather(-1, index[..., None]).squeeze(-1),
         spec=spec,
+        report=replace(
+            reports[0],
+            row_error=row_error.gather(-1, index[..., None]).squeeze(-1),
+            damp=torch.stack([report.damp for report in reports]).amax(0),
+            fallback=torch.stack([report.fallback for report in reports]).any(0),
+        ),
     )
 
 
@@ -106,9 +106,7 @@ class FloatColumnsResult:
     """codes uint8 [..., R, C]; scale and zero_point float32 [..., R, G] in original column order.
 
     columns: int64 [..., K], ascending, that keep floating point; their codes stand for 0.
-    kept: their weights, [..., R, K] in the dtype that was asked for.
-    row_error: e H e^T of each row e of W - Q, float64 [..., R]. damp: the damping that was used,
-    float64 [...].
+    kept: their weights, [..., R, K] in the dtype that was asked for. report: of the whole matrix.
     """
 
     codes: Tensor
@@ -116,14 +114,8 @@ class FloatColumnsResult:
     zero_point: Tensor
     columns: Tensor
     kept: Tensor
-    row_error: Tensor
-    damp: Tensor
     spec: QuantSpec
-
-    @property
-    def error(self) -> Tensor:
-        """Layer error tr((W - Q) H (W - Q)^T), float64 [...]"""
-        return self.row_error.sum(-1)
+    report: SolveReport
 
     @property
     def mean_bits(self) -> float:
@@ -157,12 +149,19 @@ def solve_float_columns(
         or of the largest sensitivity S_c = sum_r (w_rc - Q(w_rc))^2 / (H^-1)_cc ("sensitivity").
     dtype: of the kept weights, torch.float16, bfloat16 or float32.
 
-    A column of large inputs is found by either, one of large weights by none. Grids are found
-    without the kept columns. For the codes that were found the kept weights are the
+    Grids are found without the kept columns. For the codes that were found the kept weights are the
     best ones, before they are rounded to `dtype`, for the damped H. ValueError as of `solve`, where
     a kept weight is beyond `dtype`, and where H is not positive definite with any damping that
     `solve` tries.
+
+    On layers of all-MiniLM-L6-v2 and EfficientNet-Lite0, 3 and 4 bits per channel, 3 % of columns
+    by sensitivity lower the held-out layer error by 15 to 19 %, by activation by 11 to 16 %. The
+    .36 bits per weight that they take would lower it by a third, if all columns had them.
     """
+    # what `solve` would refuse: the matrices first, then its options, the order among them
+    options = {**options, "measure": False}
+    solve(weight, hessian, spec, damp=damp, **{**options, "order": "nearest"})
+    solve(torch.ones(1, 1), torch.ones(1, 1), QuantSpec(), **{**options, "backend": "reference"})
     columns = weight.shape[-1]
     if isinstance(count, bool) or not isinstance(count, int) or not 0 < count < columns:
         raise ValueError(f"count must be an integer from 1 to {columns - 1}, got {count!r}")
@@ -170,14 +169,13 @@ def solve_float_columns(
         raise ValueError(f"criterion must be one of {get_args(Criterion)}, got {criterion!r}")
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be torch.float16, bfloat16 or float32, got {dtype}")
-    # the checks of `solve`, and of its options, on the whole problem
-    solve(weight, hessian, spec, damp=damp, **{**options, "order": "nearest", "measure": False})
     batch = weight.shape[:-2]
     h = hessian.detach()
     h = (h if h.dtype == torch.float64 else h.float()).reshape(-1, columns, columns)
     w = weight.detach().float().reshape(-1, *weight.shape[-2:])
     h = h.expand(len(w), -1, -1)
-    matrix, inverse_, used = _positive_definite(revive(h)[0], damp)
+    revived, dead = revive(h)
+    matrix, inverse_, used = _positive_definite(revived, damp)
     if criterion == "activation":
         rank = matrix.diagonal(dim1=1, dim2=2)
     else:
@@ -194,7 +192,7 @@ def solve_float_columns(
     # kept columns stay in their places, as zeros that never fire: they round to 0 without error
     schur.masked_fill_(mask[:, :, None] | mask[:, None, :], 0)
     rest = w.masked_fill(mask[:, None, :], 0)
-    result = solve(rest, schur, spec, damp=0.0, **{**options, "measure": False})
+    result = solve(rest, schur, spec, damp=0.0, **options)
 
     error = (rest - result.dequantize()).to(answer.dtype)  # [B, R, C], 0 in the kept columns
     where = kept[:, None, :].expand(-1, w.shape[1], -1)
@@ -202,18 +200,24 @@ def solve_float_columns(
     values = exact.to(dtype)
     if not values.isfinite().all():
         raise ValueError(f"kept weights reach {exact.abs().max().item():.3g}, beyond {dtype}")
-    out = FloatColumnsResult(
+
+    quantized = result.dequantize().scatter_(2, where, values.float())
+    return FloatColumnsResult(
         codes=result.codes.reshape(weight.shape),
         scale=result.scale.reshape(*weight.shape[:-1], -1),
         zero_point=result.zero_point.reshape(*weight.shape[:-1], -1),
         columns=kept.reshape(*batch, -1),
         kept=values.reshape(*weight.shape[:-1], -1),
-        row_error=torch.empty(0),
-        damp=(used + result.report.damp).reshape(batch),
         spec=spec,
+        report=replace(
+            result.report,
+            row_error=row_errors(w, h, quantized).reshape(weight.shape[:-1]),
+            row_energy=row_errors(w, h).reshape(weight.shape[:-1]),
+            damp=used.maximum(result.report.damp).reshape(batch),
+            dead_columns=dead.reshape(batch),
+            fallback=result.report.fallback.reshape(batch),
+        ),
     )
-    errors = row_errors(w, h, out.dequantize().reshape(w.shape)).reshape(weight.shape[:-1])
-    return replace(out, row_error=errors)
 
 
 def _positive_definite(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,11 +44,11 @@ def test_rows_come_from_the_solves_at_their_bits(group_size: int, order: Any) ->
         equal(found.codes[row], alone.codes[row])
         equal(found.scale[row], alone.scale[row])
         equal(found.zero_point[row], alone.zero_point[row])
-        equal(found.row_error[row], alone.report.row_error[row])
+        equal(found.report.row_error[row], alone.report.row_error[row])
         equal(found.dequantize()[row], alone.dequantize()[row])
     uniform = solve(weight, hessian, spec, order=order)
-    assert found.error < uniform.report.error
-    torch.testing.assert_close(found.error, layer_error(weight, found.dequantize(), hessian))
+    assert found.report.error < uniform.report.error
+    torch.testing.assert_close(found.report.error, layer_error(weight, found.dequantize(), hessian))
 
 
 def test_rows_are_the_best_of_all_choices() -> None:
@@ -65,7 +65,7 @@ def test_rows_are_the_best_of_all_choices() -> None:
             for places in itertools.product(range(3), repeat=5)
             if sum(widths[place] for place in places) <= mean * 5
         )
-        assert sum(found.row_error.tolist()) == best
+        assert sum(found.report.row_error.tolist()) == best
 
 
 def test_rows_of_a_batch_share_the_budget() -> None:
@@ -149,7 +149,7 @@ def test_kept_columns_against_literal_algebra(criterion: Any, symmetric: bool) -
     slope = (weight - quantized).double() @ hessian
     assert slope[:, found.columns].abs().max() < 1e-5 * slope.abs().max()
     alone = torch.einsum("rc,cd,rd->r", lost, rest, lost)
-    torch.testing.assert_close(found.row_error, alone, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.report.row_error, alone, rtol=1e-4, atol=0)
 
 
 def scaled(hessian: Tensor, column: int, factor: float) -> Tensor:
@@ -165,12 +165,12 @@ def test_kept_columns_compensate() -> None:
     plain = solve(weight, hessian, SPEC)
     found = solve_float_columns(weight, hessian, SPEC, count=1)
     assert found.columns.tolist() == [11]
-    assert found.error < plain.report.error / 2
+    assert found.report.error < plain.report.error / 2
     assert found.kept.dtype == torch.float16
     assert found.mean_bits == (4 * 47 + 16) / 48
-    torch.testing.assert_close(found.error, layer_error(weight, found.dequantize(), hessian))
+    torch.testing.assert_close(found.report.error, layer_error(weight, found.dequantize(), hessian))
     more = solve_float_columns(weight, hessian, SPEC, count=12)
-    assert more.error < found.error
+    assert more.report.error < found.report.error
 
 
 def test_kept_columns_in_groups_and_batches() -> None:
@@ -188,8 +188,10 @@ def test_kept_columns_in_groups_and_batches() -> None:
         equal(found.scale[b], alone.scale)
         torch.testing.assert_close(found.kept[b], alone.kept, rtol=1e-3, atol=1e-3)
     shared = solve_float_columns(weight, hessian[0], spec, count=2)
-    assert shared.columns.shape == (2, 2) and shared.row_error.shape == (2, 6)
-    torch.testing.assert_close(shared.error, layer_error(weight, shared.dequantize(), hessian[0]))
+    assert shared.columns.shape == (2, 2) and shared.report.row_error.shape == (2, 6)
+    torch.testing.assert_close(
+        shared.report.error, layer_error(weight, shared.dequantize(), hessian[0])
+    )
 
 
 def test_gradient_is_that_of_the_damped_hessian() -> None:
@@ -198,7 +200,7 @@ def test_gradient_is_that_of_the_damped_hessian() -> None:
     damped = hessian + 0.1 * hessian.diagonal().mean() * torch.eye(30)
     slope = (weight - found.dequantize()) @ damped
     assert slope[:, found.columns].abs().max() < 1e-4 * slope.abs().max()
-    assert found.damp == 0.1
+    assert found.report.damp == 0.1
 
 
 def test_dead_columns_and_a_singular_hessian() -> None:
@@ -206,12 +208,13 @@ def test_dead_columns_and_a_singular_hessian() -> None:
     hessian[:, 7] = hessian[7] = 0
     found = solve_float_columns(weight, hessian, SPEC, count=3, criterion="activation")
     assert found.dequantize().isfinite().all()
-    assert solve_float_columns(weight, hessian, SPEC, count=3, damp=0.0).damp == 0
+    assert found.report.dead_columns == 1 and not found.report.fallback
+    assert solve_float_columns(weight, hessian, SPEC, count=3, damp=0.0).report.damp == 0
     weight, hessian = ill_conditioned(5, 40)
     hessian -= 0.5 * hessian.diagonal().mean() * torch.eye(40)  # not positive definite
     hessian.diagonal().clamp_(min=1e-3)
     found = solve_float_columns(weight, hessian, SPEC, count=3)
-    assert found.damp > 0.01 and found.dequantize().isfinite().all()
+    assert found.report.damp > 0.01 and found.dequantize().isfinite().all()
 
 
 @pytest.mark.parametrize(
