@@ -9,6 +9,12 @@ from .result import dequantize
 from .spec import Order, QuantSpec
 
 
+def packed_bytes(weights: int, scales: int, spec: QuantSpec) -> float:
+    """Size of packed codes, float16 scales and packed zero points (none where symmetric)."""
+    grid = scales * (2 if spec.symmetric else 2 + spec.bits / 8)
+    return weights * spec.bits / 8 + grid
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """One quantized layer.
@@ -52,8 +58,7 @@ class LayerReport:
     @property
     def bytes(self) -> float:
         """Size of packed codes, float16 scales and packed zero points (none where symmetric)."""
-        grid = self.scale.numel() * (2 if self.spec.symmetric else 2 + self.spec.bits / 8)
-        return self.codes.numel() * self.spec.bits / 8 + grid
+        return packed_bytes(self.codes.numel(), self.scale.numel(), self.spec)
 
 
 @dataclass(frozen=True)
