@@ -1,5 +1,6 @@
 """What a quantized weight may look like: bits, groups, symmetry, and how its scale is found."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -26,6 +27,9 @@ class QuantSpec:
     shrinks it to the fraction (1.00, 0.99, ..., 0.21) of least squared rounding error.
     scale_dtype: scales are rounded to it before the first column is quantized, so that a file that
     stores them so changes nothing: "float16" for GPTQ files.
+    sparsity: weights that are exactly zero, whose code is the zero point: at least this share of
+    all (0.5), or in each row all but N of each M consecutive columns ("2:4", N:M; of a convolution
+    M consecutive input channels at one position of its window). None: as rounding has it.
     """
 
     bits: int = 4
@@ -33,6 +37,7 @@ class QuantSpec:
     symmetric: bool = False
     scale_search: ScaleSearch = "mse"
     scale_dtype: ScaleDtype = "float32"
+    sparsity: str | float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
@@ -53,6 +58,11 @@ class QuantSpec:
             raise ValueError(
                 f"scale_dtype must be one of {get_args(ScaleDtype)}, got {self.scale_dtype!r}"
             )
+        if self.sparsity is not None and not _is_sparsity(self.sparsity):
+            raise ValueError(
+                'sparsity must be "N:M" with 0 < N < M, a share from 0 to below 1, or None, '
+                f"got {self.sparsity!r}"
+            )
 
     @property
     def qmax(self) -> int:
@@ -63,6 +73,19 @@ class QuantSpec:
     def shrink(self) -> tuple[float, ...]:
         """Fractions of the full range that the scale search tries, in the order it tries them."""
         return MSE_SHRINK if self.scale_search == "mse" else (1.0,)
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """(N, M) where the sparsity is "N:M"."""
+        if not isinstance(self.sparsity, str):
+            return None
+        n, m = self.sparsity.split(":")
+        return int(n), int(m)
+
+    @property
+    def share(self) -> float:
+        """The share of zeros where the sparsity is a number, else 0."""
+        return 0.0 if self.sparsity is None or isinstance(self.sparsity, str) else self.sparsity
 
     def columns_per_group(self, columns: int) -> int:
         """The group size for a weight of `columns` columns, or ValueError if it does not divide."""
@@ -75,3 +98,10 @@ class QuantSpec:
                 f"legal are -1 and {divisors}"
             )
         return self.group_size
+
+
+def _is_sparsity(value: object) -> bool:
+    if isinstance(value, str):
+        found = re.fullmatch(r"([0-9]+):([0-9]+)", value)
+        return found is not None and 0 < int(found[1]) < int(found[2])
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < 1

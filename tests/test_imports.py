@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "obq": {"ops", "tile"},
     "result": {"spec"},
     "packing": set(),
-    "solver": {"spec", "result", "reference", "ops", "tile", "order", "hessian", "obq"},
+    "sparsity": {"spec"},
+    "solver": {"hessian", "obq", "ops", "order", "reference", "result", "sparsity", "spec", "tile"},
 }
 
 
