@@ -155,12 +155,15 @@ def column_sensitivity(module: ModuleType) -> None:
     )
 
 
-def solve_columns(module: ModuleType, columns: int, groups: int, precision: str) -> None:
+def solve_columns(
+    module: ModuleType, columns: int, groups: int, precision: str, sparse: bool = False
+) -> None:
     weight, feedback = meta(1, columns, 4096).mT, meta(1, columns, columns)
     if columns > TILE:
         feedback = feedback.mT  # as the factor of a whole layer lies in memory
     grid = grid_of(4096, groups, 1, columns)
-    module.solve_columns(weight, weight, feedback, *grid, 15, precision)
+    pruned = meta(1, columns, 4096, dtype=torch.bool).mT if sparse else None
+    module.solve_columns(weight, weight, feedback, *grid, 15, precision, pruned)
 
 
 def compensate(module: ModuleType, precision: str) -> None:
@@ -230,6 +233,11 @@ CASES: dict[str, dict[str, Callable[[ModuleType, str], None]]] = {
         "one group": lambda module, precision: solve_columns(module, COLUMNS, 1, precision),
         "groups ieee": lambda module, _: solve_columns(module, COLUMNS, 32, "ieee"),
         "ragged": lambda module, precision: solve_columns(module, COLUMNS + 4, 1, precision),
+        "tile pruned": lambda module, precision: solve_columns(module, TILE, 32, precision, True),
+        "ragged pruned": lambda module, precision: solve_columns(
+            module, TILE - 2, 6, precision, True
+        ),
+        "ragged pruned ieee": lambda module, _: solve_columns(module, TILE - 2, 6, "ieee", True),
     },
     "compensate": {
         "": compensate,

@@ -1,7 +1,7 @@
 """Quantize columns one after another, all rows in parallel: a tile of them, or a whole layer.
 
     w'_k    = running_k + sum_{j < k} error_j * feedback_jk
-    code_k  = clamp(round(w'_k / scale) + zero_point, 0, qmax)
+    code_k  = clamp(round(w'_k / scale) + zero_point, 0, qmax), zero_point where pruned
     error_k = weight_k - (code_k - zero_point) * scale
 
 Same arithmetic as `sapq_triton.reference.solve_columns` but for the order of the sum and, where
@@ -57,6 +57,7 @@ def _solve_columns_kernel(
     scale_ptr, stride_sb, stride_sr, stride_sg,  # [B, R, G] float32
     zero_point_ptr, stride_zb, stride_zr, stride_zg,  # [B, R, G] float32
     group_ptr, stride_gb, stride_gc,  # [B, C] int64
+    pruned_ptr, stride_pb, stride_pr, stride_pc,  # [B, R, C] uint8, where PRUNED
     codes_ptr, stride_cb, stride_cr, stride_cc,  # [B, R, C] uint8
     error_ptr, stride_eb, stride_er, stride_ec,  # [B, R, C] float32
     exchange_ptr,  # [B, programs, 4, SUB, BLOCK_R] float32, scratch
@@ -65,6 +66,7 @@ def _solve_columns_kernel(
     qmax,
     EVEN: tl.constexpr,  # SUB divides C
     GROUPS: tl.constexpr,  # more than one
+    PRUNED: tl.constexpr,
     PRECISION: tl.constexpr,
     SUB: tl.constexpr,
     TILE: tl.constexpr,
@@ -80,6 +82,7 @@ def _solve_columns_kernel(
     running_rows = running_ptr + batch * stride_nb + rows * stride_nr
     scale_rows = scale_ptr + batch * stride_sb + rows * stride_sr
     zero_point_rows = zero_point_ptr + batch * stride_zb + rows * stride_zr
+    pruned_rows = pruned_ptr + batch * stride_pb + rows * stride_pr
     codes_rows = codes_ptr + batch * stride_cb + rows * stride_cr
     error_rows = error_ptr + batch * stride_eb + rows * stride_er
     feedback_ptr += batch * stride_fb
@@ -123,6 +126,7 @@ def _solve_columns_kernel(
             scales = ()
             zero_points = ()
             g_ptrs = group_ptr + tl.cast(start, tl.int64) * stride_gc
+            p_ptrs = pruned_rows + tl.cast(start, tl.int64) * stride_pc
             for i in tl.static_range(SUB):
                 w = w + (tl.load(exchange_rows + i * BLOCK_R),)
                 target = target + (tl.load(exchange_rows + (SUB + i) * BLOCK_R),)
@@ -146,6 +150,10 @@ def _solve_columns_kernel(
                     f = tl.load(f_ptr, mask=EVEN | (start + i < C), other=0.0)
                     running += errors[j] * f
                 code = to_code(running, scales[i], zero_points[i], qmax)
+                if PRUNED:
+                    at = i if EVEN else tl.minimum(i, C - 1 - start)
+                    pruned = tl.load(p_ptrs + at * stride_pc)
+                    code = tl.where(pruned != 0, zero_points[i], code)
                 codes = codes + (code,)
                 errors = errors + (target[i] - to_value(code, scales[i], zero_points[i]),)
             for i in tl.static_range(SUB):
@@ -167,13 +175,15 @@ def solve_columns(
     group: Tensor,
     qmax: int,
     precision: str,
+    pruned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """weight, running [B, R, C], feedback [B, C, C], scale, zero_point [B, R, G], group [B, C]
-    ->  codes uint8 [B, R, C], error float32 [B, R, C]"""
+    """weight, running [B, R, C], feedback [B, C, C], scale, zero_point [B, R, G], group [B, C],
+    pruned bool [B, R, C] or None  ->  codes uint8 [B, R, C], error float32 [B, R, C]"""
     B, R, C = weight.shape
     # rows innermost, so that neighbouring threads meet neighbouring addresses
     codes = torch.empty((B, C, R), dtype=torch.uint8, device=weight.device).mT
     error = torch.empty((B, C, R), dtype=torch.float32, device=weight.device).mT
+    zeros = codes if pruned is None else pruned.view(torch.uint8)
     blocks = parameters("solve_columns", weight.device, precision)
     programs = triton.cdiv(R, blocks["BLOCK_R"])
     size = (B, programs, 4, SUB, blocks["BLOCK_R"])
@@ -186,6 +196,7 @@ def solve_columns(
             scale, *scale.stride(),
             zero_point, *zero_point.stride(),
             group, *group.stride(),
+            zeros, *zeros.stride(),
             codes, *codes.stride(),
             error, *error.stride(),
             exchange,
@@ -194,6 +205,7 @@ def solve_columns(
             float(qmax),
             EVEN=C % SUB == 0,
             GROUPS=scale.shape[2] > 1,
+            PRUNED=pruned is not None,
             PRECISION=precision,
             SUB=SUB,
             **blocks,

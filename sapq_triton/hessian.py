@@ -151,10 +151,19 @@ def feedback_factor(
     hessian [B, C, C]  ->  [B, C, C], solved bool [B]. One factorization: with rows and columns
     reversed, the lower Cholesky factor of H is M sqrt(D) read backwards.
     """
+    factor, _, solved = ldl(hessian, damp, columns)
+    return factor, solved
+
+
+def ldl(
+    hessian: Tensor, damp: float = 0.0, columns: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """M and D of `feedback_factor`: [B, C, C], the diagonal [B, C], and solved bool [B]"""
     backwards = hessian.flip((1, 2)) if columns is None else permuted(hessian, columns.flip(1))
     lower, solved = _cholesky_(_add_ridge(backwards, hessian, damp))
-    lower /= lower.diagonal(dim1=1, dim2=2)[:, None, :].clone()
-    return lower.flip((1, 2)), solved
+    root = lower.diagonal(dim1=1, dim2=2).clone()
+    lower /= root[:, None, :]
+    return lower.flip((1, 2)), root.square_().flip(1), solved
 
 
 def inverse(hessian: Tensor, damp: float = 0.0) -> tuple[Tensor, Tensor]:

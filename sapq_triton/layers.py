@@ -75,6 +75,11 @@ def matrix_shape(module: Layer) -> tuple[int, int, int]:
     return 1, module.out_features, module.in_features
 
 
+def window_size(module: Layer) -> int:
+    """Columns of `weight_matrix` for one input channel; they lie together."""
+    return math.prod(getattr(module, "kernel_size", (1,)))
+
+
 def as_weight(module: Layer, matrix: Tensor) -> Tensor:
     """The inverse of `weight_matrix`: [groups, R, C] in the shape of the weight."""
     if isinstance(module, _ConvTransposeNd):

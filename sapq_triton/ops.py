@@ -132,16 +132,21 @@ def solve_columns(
     qmax: int,
     precision: Precision = "tf32x3",
     backend: Backend = "auto",
+    pruned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantize columns with error feedback; see `reference.solve_columns`."""
     B, R, C = _check_weight(weight)
     _check("running", running, (B, R, C), weight)
     _check("feedback", feedback, (B, C, C), weight)
     _check_grid(weight, scale, zero_point, group)
+    if pruned is not None:
+        _check("pruned", pruned, (B, R, C), weight)
+        if pruned.dtype != torch.bool:
+            raise ValueError(f"pruned must be bool, got {pruned.dtype}")
     arguments = (weight, running, feedback, scale, zero_point, group, qmax)
     if uses_triton(weight, backend):
-        return _solve_columns.solve_columns(*arguments, dot_precision(precision))
-    return reference.solve_columns(*arguments)
+        return _solve_columns.solve_columns(*arguments, dot_precision(precision), pruned)
+    return reference.solve_columns(*arguments, pruned)
 
 
 def compensate(

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -110,9 +111,11 @@ def quantize(
     progress: a bar, where tqdm is installed.
 
     Layers that get the same tensor (query, key and value; gate and up) and have the same spec share
-    one Hessian and one order of columns: they are solved as one matrix with the rows of all.
+    one Hessian and one order of columns: they are solved as one matrix with the rows of all, but
+    where a share of the weights becomes zero: each layer loses that share.
 
-    A group size that does not divide the columns of a layer becomes one group per row there. Layers
+    A group size that does not divide the columns of a layer becomes one group per row there, and
+    where an N:M sparsity does not divide the input channels, no weight is pruned. Layers
     that no batch reaches are rounded to nearest. Layers called several times in a forward pass, or
     sharing a weight, are solved once, on inputs of the full-precision model. All of this is noted
     in the report. ValueError for bad arguments, before anything is changed; after an exception the
@@ -187,11 +190,17 @@ def _check(
     lazy = [name for name, tensor in _tensors(model) if nn.parameter.is_lazy(tensor)]
     if lazy:
         raise ValueError(f"{', '.join(lazy)} not initialized yet; run the model once before")
-    # a problem of one weight: the solver says what it thinks of its options before the model runs
+    # a problem of one group: the solver says what it thinks of its options before the model runs
     HessianSum(1, 1, dtype=hessian_dtype)
     one = next((p for p in model.parameters() if p.is_floating_point()), torch.ones(1))
     uses_triton(one, options["backend"])
-    solve(torch.ones(1, 1), torch.ones(1, 1), QuantSpec(), **{**options, "backend": "reference"})
+    for each in (spec, *overrides.values()):
+        assert isinstance(each, QuantSpec)
+        columns = each.n_of_m[1] if each.n_of_m else 1
+        solve(
+            torch.ones(1, columns), torch.eye(columns), replace(each, group_size=-1),
+            **{**options, "backend": "reference"},
+        )  # fmt: skip
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -454,7 +463,10 @@ class _Run:
             self._correct_biases(target, lost, solution.mean)
         layers.store_weight(target.module, quantized)
         if solution.others:
-            target.notes.append(f"solved together with {', '.join(solution.others)}: one Hessian")
+            names = ", ".join(solution.others)
+            alone = f"one Hessian with {names}"
+            together = f"solved together with {names}: one Hessian"
+            target.notes.append(alone if target.spec.share else together)
         self.layers_done.append(
             LayerReport(
                 name=target.name,
@@ -486,13 +498,18 @@ class _Run:
         total = leader.hessian_sum(leader.module.weight.device, self.hessian_dtype, False)
         weights = [layers.weight_matrix(target.module) for target in targets]
         rows = [weight.shape[1] for weight in weights]
-        weight, hessian, drift = torch.cat(weights, 1).float(), total.hessian(), total.drift()
+        hessian, drift = total.hessian(), total.drift()
         if drift is not None:
-            weight = drifted(weight, hessian, drift, self.options["damp"], self.drift_correction)
-        result = solve(weight, hessian, leader.spec, **self.options)
+            damp, fraction = self.options["damp"], self.drift_correction
+            weights = [drifted(w.float(), hessian, drift, damp, fraction) for w in weights]
+        spec, window = leader.spec, layers.window_size(leader.module)
+        if spec.share:  # of each layer, not of all together
+            parts = [solve(w, hessian, spec, window=window, **self.options) for w in weights]
+        else:
+            result = solve(torch.cat(weights, 1), hessian, spec, window=window, **self.options)
+            parts = split_rows(result, rows)
         seconds = (time.perf_counter() - started) / sum(rows)
-        parts = zip(targets, split_rows(result, rows), weight.split(rows, 1), strict=True)
-        for target, part, aim in parts:
+        for target, part, aim in zip(targets, parts, weights, strict=True):
             others = tuple(names[1:] if target is leader else names[:1])
             each = seconds * part.codes.shape[1]
             target.solution = Solution(part, aim, total.mean(), total.rows, each, others)

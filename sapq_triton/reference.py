@@ -132,16 +132,17 @@ def solve_columns(
     zero_point: Tensor,
     group: Tensor,
     qmax: int,
+    pruned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantize columns one after another, all rows in parallel.
 
         w'_k    = running_k + sum_{j < k} error_j * feedback_jk
-        code_k  = clamp(round(w'_k / scale) + zero_point, 0, qmax)
+        code_k  = clamp(round(w'_k / scale) + zero_point, 0, qmax), zero_point where pruned
         error_k = weight_k - (code_k - zero_point) * scale
 
     weight, running [B, R, C], feedback [B, C, C] unit upper triangular (only the part above the
-    diagonal is read), scale, zero_point [B, R, G], group int64 [B, C]
-    ->  codes uint8 [B, R, C], error [B, R, C]
+    diagonal is read), scale, zero_point [B, R, G], group int64 [B, C], pruned bool [B, R, C] or
+    None  ->  codes uint8 [B, R, C], error [B, R, C]
 
     With H = M D M^T, M unit upper triangular, feedback M, and running = weight this is the
     error-feedback form of GPTQ (LDLQ; Chee et al. 2023, arXiv 2307.13304, theorem 6).
@@ -159,6 +160,9 @@ def solve_columns(
     s, z = _columns(scale).numpy(), _columns(zero_point).numpy()  # [B, G, R]
     grids = s, z, -z, qmax - z
     g = group.cpu().numpy()
+    zeros = None
+    if pruned is not None:
+        zeros = _columns(pruned)[0].numpy() if B == 1 else _columns(pruned).numpy().swapaxes(0, 1)
     one_grid = [grid[0, 0] if B == 1 else grid[:, 0] for grid in grids]
     each = np.arange(B)
     value = np.empty_like(errors[0])
@@ -190,6 +194,8 @@ def solve_columns(
                 np.rint(step, step)
                 np.maximum(step, low, out=step)
                 np.minimum(step, high, out=step)  # code - zero_point
+                if zeros is not None:
+                    np.copyto(step, 0, where=zeros[k])
                 np.multiply(step, scale_k, value)
                 np.subtract(targets[k], value, error_k)
                 np.add(step, zero_k, step)

@@ -25,6 +25,7 @@ def sweep(
     qmax: int,
     precision: Precision,
     backend: Backend,
+    pruned: Tensor | None = None,
 ) -> Tensor:
     """One pass of coordinate descent over the columns, in the order of `columns`.
 
@@ -32,7 +33,8 @@ def sweep(
 
     with the new q_j of the columns before k (arXiv 2309.01885, 2406.17542): the loop of
     `solve_columns` with H for the feedback. weight, quantized [B, R, C], hessian [B, C, C] of
-    positive diagonal, scale, zero_point [B, R, G], columns int64 [B, C]  ->  uint8 [B, R, C]
+    positive diagonal, scale, zero_point [B, R, G], columns int64 [B, C], pruned bool [B, R, C] or
+    None: codes that stay the zero point  ->  uint8 [B, R, C]
     """
     B, R, C = weight.shape
     index = columns[:, :, None].expand(B, C, R)
@@ -41,8 +43,9 @@ def sweep(
     curvature = curvature / curvature.diagonal(dim1=1, dim2=2)[:, None, :]
     ahead = w.mT.baddbmm(curvature.tril(-1).mT, error.mT).mT
     group = columns // (C // scale.shape[2])
+    zeros = None if pruned is None else pruned.mT.gather(1, index).mT
     codes, _ = ops.solve_columns(
-        w, ahead, curvature, scale, zero_point, group, qmax, precision, backend
+        w, ahead, curvature, scale, zero_point, group, qmax, precision, backend, zeros
     )
     return torch.empty_like(codes.mT).scatter_(1, index, codes.mT).mT
 
@@ -91,22 +94,27 @@ def refine(
     *,
     rounds: int,
     snap: Callable[[Tensor], Tensor] | None,
+    sparse: bool = False,
     precision: Precision,
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
     """`rounds` times a refit of the scales and a sweep; each row keeps the best that it had.
 
-    snap: rounds refitted scales to what a file can hold; None: the grid stays as it is.
+    snap: rounds refitted scales to what a file can hold; None: the grid stays as it is. sparse:
+    weights that are zero stay so.
     codes uint8 [B, R, C]  ->  codes, scale. Rows of equal error keep the earlier one.
     """
     kept = codes, scale
+    pruned = None
+    if sparse:
+        pruned = (codes.unflatten(2, (scale.shape[2], -1)) == zero_point[..., None]).flatten(2)
     least = row_errors(weight, hessian, dequantize(codes, scale, zero_point))
     for _ in range(rounds):
         if snap is not None:
             scale = snap(refit_scales(weight, hessian, codes, scale, zero_point))
         quantized = dequantize(codes, scale, zero_point)
         codes = sweep(
-            weight, hessian, quantized, scale, zero_point, columns, qmax, precision, backend
+            weight, hessian, quantized, scale, zero_point, columns, qmax, precision, backend, pruned
         )
         error = row_errors(weight, hessian, dequantize(codes, scale, zero_point))
         better = (error < least)[..., None]

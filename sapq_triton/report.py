@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .result import dequantize
+from .result import dequantize, share_of_zeros
 from .spec import Order, QuantSpec
 
 
@@ -56,6 +56,11 @@ class LayerReport:
         return self.error / self.energy if self.energy > 0 else 0.0
 
     @property
+    def sparsity(self) -> float:
+        """Share of the weights that are zero, pruned or rounded so."""
+        return float(share_of_zeros(self.codes, self.zero_point).mean())
+
+    @property
     def bytes(self) -> float:
         """Size of packed codes, float16 scales and packed zero points (none where symmetric)."""
         return packed_bytes(self.codes.numel(), self.scale.numel(), self.spec)
@@ -94,6 +99,8 @@ class Report:
                 notes.append(f"{x.dead_columns} columns never fired")
             if x.fallbacks:
                 notes.append(f"{x.fallbacks} of {len(x.codes)} problems rounded to nearest")
+            if x.spec.sparsity:
+                notes.append(f"{x.sparsity:.1%} of the weights are zero")
             shape = "x".join(map(str, x.shape))
             lines.append(
                 f"{x.name:{width}} {x.kind:16} {shape:>18} {x.spec.bits:4} "

@@ -70,11 +70,22 @@ class SolveResult:
         """(codes - zero_point) * scale, float32 [..., R, C]"""
         return dequantize(self.codes, self.scale, self.zero_point)
 
+    @property
+    def sparsity(self) -> Tensor:
+        """Share of the weights that are zero, pruned or rounded so, float64 [...]"""
+        return share_of_zeros(self.codes, self.zero_point)
+
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """codes [..., R, C], scale, zero_point [..., R, G]  ->  (codes - zero_point) * scale"""
     grouped = codes.float().unflatten(-1, (scale.shape[-1], -1))  # [..., R, G, C / G]
     return grouped.sub_(zero_point[..., None]).mul_(scale[..., None]).flatten(-2)
+
+
+def share_of_zeros(codes: Tensor, zero_point: Tensor) -> Tensor:
+    """Share of codes that are their zero point, float64: [..., R, C], [..., R, G]  ->  [...]"""
+    zeros = codes.unflatten(-1, (zero_point.shape[-1], -1)) == zero_point[..., None]
+    return zeros.sum((-3, -2, -1)).double() / (codes.shape[-2] * codes.shape[-1])
 
 
 def layer_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:

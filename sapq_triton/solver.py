@@ -12,6 +12,9 @@
 Both updates are exact for any choice of Q_T (Hassibi & Stork 1993; Frantar & Alistarh 2022,
 arXiv 2208.11580). Orders that are known in advance need no inverse: one Cholesky factorization of
 the reversed Hessian gives the feedback matrix of the same loop (LDLQ, arXiv 2307.13304).
+
+Where weights have to be zero, those of T are chosen in its loop, a few columns at a time
+(`sparsity`), and get no other code in the descent: their error is one with that of rounding.
 """
 
 from collections.abc import Callable
@@ -22,12 +25,13 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .hessian import damped, feedback_factor, inverse, permuted, revive
+from .hessian import damped, inverse, ldl, permuted, revive
 from .obq import solve_obq
 from .ops import Backend, Precision
 from .order import static_order
 from .refine import refine
 from .result import SolveReport, SolveResult, dequantize, row_errors
+from .sparsity import STEP, Sparsity
 from .spec import Order, QuantSpec
 from .tile import bring_both_forward, bring_forward, to_front
 
@@ -51,6 +55,7 @@ def solve(
     damp: float = 0.01,
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
+    window: int = 1,
     precision: Precision = "tf32x3",
     measure: bool = True,
     backend: Backend = "auto",
@@ -72,8 +77,8 @@ def solve(
         order "sensitivity".
     candidates: grids that are solved for each row, which keeps the one of least error: that of
         `spec`, then that of the search "hessian", then this one stretched by .94, 1.06, .88, 1.12,
-        and so on up to MAX_CANDIDATES. Not for scale_search "absmax", which is no search, a given
-        grid, and order "nearest".
+        and so on up to MAX_CANDIDATES. One for scale_search "absmax", which is no search, a given
+        grid, order "nearest", and a share of zeros, which rows compete for.
     rounds: of refinement after the loop, over whole rows: a least-squares refit of the scales (not
         of a given grid) to the codes, and a sweep of coordinate descent over all columns; each row
         keeps the best codes and scales that it had. Not in order "nearest".
@@ -82,6 +87,8 @@ def solve(
         weight is rounded to nearest. Either is in the report.
     scale, zero_point: an external grid [R, G] or [B, R, G], G = C / group_size. Without a
         zero_point a symmetric spec takes the middle code.
+    window: columns of one input channel, the positions of a convolution's window: the groups of an
+        N:M sparsity are M channels at one position. Nothing else depends on it.
     precision: of the kernels' matrix products: "ieee" (float32), "tf32x3" (three products on tensor
         cores, of leading and trailing bits), "tf32" (one, of ten bits of mantissa). On the layers
         of all-MiniLM-L6-v2 at 4 bits tf32x3 changed 1 code in 100,000 and no layer error by more
@@ -89,10 +96,17 @@ def solve(
         (`python -m benchmarks.accuracy.precision`, which imitates the arithmetic on a CPU).
     measure: also compute the errors of the report, which takes two products of R x C by C x C.
 
-    Columns whose inputs were always zero (H_cc = 0) are rounded to nearest. The same inputs on the
-    same device give the same codes. ValueError for wrong shapes, dtypes, devices, or values.
+    With `spec.sparsity` the weights that become zero are chosen on the way. A share of them goes in
+    every few columns, over all rows: exactly round(share * R * C) of each problem, beside those
+    that are rounded to zero. Groups of an N:M pattern stay together in every order: the summed
+    sensitivities of their columns place them, or in a static order the mean place of their columns.
+    "nearest" prunes by magnitude; "obq" does not prune.
+
+    Columns whose inputs were always zero (H_cc = 0) are rounded to nearest, and pruned as if their
+    inputs were of average size. The same inputs on the same device give the same codes. ValueError
+    for wrong shapes, dtypes, devices, or values.
     """
-    _check(weight, hessian, spec, order, damp)
+    sparsity = _check(weight, hessian, spec, order, damp, window)
     for name, value, least in (
         ("block", block, 1), ("sweeps", sweeps, 0), ("candidates", candidates, 1),
         ("rounds", rounds, 0),
@@ -110,20 +124,21 @@ def solve(
     w = weight.detach().float().reshape(len(h), -1, columns)
     revived, dead = revive(h)
     given = scale is not None
+    if spec.scale_search == "absmax" or order == "nearest" or given or spec.share:
+        candidates = 1
     if scale is None:
         if zero_point is not None:
             raise ValueError("zero_point was given without a scale")
-        if spec.scale_search == "absmax" or order == "nearest":
-            candidates = 1
         scale, zero_point = _search(w, revived, spec, order, candidates, damp, backend)
     else:
-        candidates = 1
         scale, zero_point = _given(w, spec, scale, zero_point)
 
-    solver = _solver(order, block, sweeps, precision, backend)
+    solver = _solver(order, block, sweeps, precision, backend, sparsity)
+    nearest = partial(_solve_nearest, sparsity=sparsity)
     # the candidates of a row are rows of one problem: they share its factors and its order
+    stacked = w.repeat(1, candidates, 1)
     codes, ranked, used_damp, fallback = _climb(
-        solver, w.repeat(1, candidates, 1), revived, damp, scale, zero_point, spec.qmax
+        solver, nearest, stacked, revived, damp, scale, zero_point, spec.qmax
     )
     if order != "nearest" and candidates + rounds > 1:
         objective = damped(revived, used_damp).float()
@@ -131,6 +146,7 @@ def solve(
         refined = refine(
             w, objective, codes, scale, zero_point, ranked, spec.qmax,
             rounds=rounds, snap=None if given else partial(_snapped, spec=spec),
+            sparse=sparsity is not None,
             precision=precision, backend=backend,
         )  # fmt: skip
         codes, scale = (
@@ -169,7 +185,8 @@ def _check(
     spec: QuantSpec,
     order: Order,
     damp: float,
-) -> None:
+    window: int,
+) -> Sparsity | None:
     if weight.ndim not in (2, 3) or weight.numel() == 0:
         raise ValueError(
             f"weight must be [R, C] or [B, R, C], none empty, got {list(weight.shape)}"
@@ -202,6 +219,15 @@ def _check(
     if isinstance(damp, bool) or not isinstance(damp, int | float) or not 0 <= damp < float("inf"):
         raise ValueError(f"damp must be a finite number, not negative, got {damp!r}")
     spec.columns_per_group(columns)
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1 or columns % window:
+        raise ValueError(f"window must be a divisor of {columns} columns, got {window!r}")
+    sparsity = Sparsity.of(spec, columns, window)
+    if sparsity is not None and order == "obq":
+        raise ValueError(
+            f"order 'obq' does not prune, but sparsity is {spec.sparsity!r}: choose another order, "
+            "or prune by dropin.TrueOBS, whose quantize(keep_zeros=True) is exact OBQ on the others"
+        )
+    return sparsity
 
 
 def _skew(matrix: Tensor) -> Tensor:
@@ -345,21 +371,30 @@ Solver = Callable[[Tensor, Tensor, float, Tensor, Tensor, int], Solved]
 
 
 def _solver(
-    order: Order, block: int, sweeps: int, precision: Precision, backend: Backend
+    order: Order,
+    block: int,
+    sweeps: int,
+    precision: Precision,
+    backend: Backend,
+    sparsity: Sparsity | None,
 ) -> Solver:
-    if order == "sensitivity":
-        return partial(
-            _solve_reranked, block=block, sweeps=sweeps, precision=precision, backend=backend
-        )
+    if order == "nearest":
+        return partial(_solve_nearest, sparsity=sparsity)
     if order == "obq":
         return partial(_solve_greedy, block=block, precision=precision, backend=backend)
-    if order == "nearest":
-        return _solve_nearest
-    return partial(_solve_static, order=order, precision=precision, backend=backend)
+    if order == "sensitivity":
+        return partial(
+            _solve_reranked, block=block, sweeps=sweeps, precision=precision, backend=backend,
+            sparsity=sparsity,
+        )  # fmt: skip
+    return partial(
+        _solve_static, order=order, precision=precision, backend=backend, sparsity=sparsity
+    )
 
 
 def _climb(
     solver: Solver,
+    nearest: Solver,
     weight: Tensor,
     hessian: Tensor,
     damp: float,
@@ -388,19 +423,28 @@ def _climb(
         left = left[~solved]
     if len(left):
         fallback[left] = True
-        codes[left], columns[left], _ = _solve_nearest(
+        codes[left], columns[left], _ = nearest(
             weight[left], hessian[left], damp, scale[left], zero_point[left], qmax
         )
     return codes, columns, used, fallback
 
 
 def _solve_nearest(
-    weight: Tensor, hessian: Tensor, damp: float, scale: Tensor, zero_point: Tensor, qmax: int
+    weight: Tensor,
+    hessian: Tensor,
+    damp: float,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmax: int,
+    *,
+    sparsity: Sparsity | None,
 ) -> Solved:
     """Round to nearest, blind to the Hessian: the baseline, and the last resort."""
+    natural = torch.arange(weight.shape[2], device=weight.device).expand(len(weight), -1)
+    if sparsity is not None:
+        weight = weight.masked_fill(sparsity.cheapest(weight.abs(), natural, 0), 0)
     grouped = weight.unflatten(2, (scale.shape[2], -1))
     code = reference.to_code(grouped, scale[..., None], zero_point[..., None], qmax)
-    natural = torch.arange(weight.shape[2], device=weight.device).expand(len(weight), -1)
     solved = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
     return code.flatten(2).to(torch.uint8), natural, solved
 
@@ -416,19 +460,69 @@ def _solve_static(
     order: Order,
     precision: Precision,
     backend: Backend,
+    sparsity: Sparsity | None,
 ) -> Solved:
     """One factorization, then the error-feedback loop over all columns in a fixed order."""
     B, R, C = weight.shape
     columns, ranked = static_order(order, weight, hessian, damp, scale, zero_point, qmax, backend)
-    feedback, solved = feedback_factor(hessian, damp, None if order == "natural" else columns)
+    if sparsity is not None:
+        columns = columns.gather(1, sparsity.in_steps(columns))
+    as_it_is = order == "natural" and sparsity is None
+    factor, pivots, solved = ldl(hessian, damp, None if as_it_is else columns)
+    feedback = factor.float()
     index = columns[:, :, None].expand(B, C, R)
     w = weight.mT.gather(1, index).mT  # rows innermost: a column of all rows is contiguous
-    group = columns // (C // scale.shape[2])
-    codes, error = ops.solve_columns(
-        w, w, feedback.float(), scale, zero_point, group, qmax, precision, backend
-    )
+    grid = (scale, zero_point, columns // (C // scale.shape[2]), qmax)
+    if sparsity is None:
+        codes, error = ops.solve_columns(w, w, feedback, *grid, precision, backend)
+    else:
+        codes, error, _ = _prune_and_solve(
+            w, feedback, pivots.float(), *grid, precision, backend, sparsity, columns, 0
+        )
     solved = solved & ranked & _finite(error.mT)
     return torch.empty_like(codes.mT).scatter_(1, index, codes.mT).mT, columns, solved
+
+
+def _prune_and_solve(
+    weight: Tensor,
+    feedback: Tensor,
+    pivots: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor,
+    qmax: int,
+    precision: Precision,
+    backend: Backend,
+    sparsity: Sparsity,
+    columns: Tensor,
+    start: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.solve_columns` a few columns T at a time, to choose those of their weights that go.
+
+        W'_T = W_T + E M_.T M_TT^-1                     what the errors E before make of W_T
+        A_cc = sum_{j in T} (M_TT^-1)_jc^2 / D_j        of the inverse of H = M D M^T from T on
+
+    weight [B, R, F] in the order of columns int64 [B, F], feedback M [B, F, F], pivots D [B, F];
+    start: columns before these  ->  codes uint8, error, pruned bool; [B, R, F]
+    """
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+    pruned = torch.empty_like(weight, dtype=torch.bool)
+    error = torch.empty_like(weight)
+    width = sparsity.whole(STEP)
+    for first in range(0, weight.shape[2], width):
+        before, step = slice(0, first), slice(first, first + width)
+        now, factor = weight[:, :, step], feedback[:, step, step]
+        identity = torch.eye(now.shape[2], device=now.device).expand_as(factor)
+        root = torch.linalg.solve_triangular(factor, identity, upper=True, unitriangular=True)
+        carried = error[:, :, before] @ feedback[:, before, step]
+        diagonal = (root.square() / pivots[:, step, None]).sum(1)
+        cost = (now + carried @ root).square_() / diagonal[:, None]
+        pruned[:, :, step] = gone = sparsity.cheapest(cost, columns[:, step], start + first)
+        codes[:, :, step], error[:, :, step] = ops.solve_columns(
+            now, now + carried, factor, scale, zero_point, group[:, step], qmax,
+            precision, backend, gone,
+        )  # fmt: skip
+    return codes, error, pruned
 
 
 def _solve_reranked(
@@ -443,10 +537,13 @@ def _solve_reranked(
     sweeps: int,
     precision: Precision,
     backend: Backend,
+    sparsity: Sparsity | None,
 ) -> Solved:
     """Tile after tile: rank the remaining columns, quantize the most sensitive, update the rest."""
     B, R, C = weight.shape
     group_size = C // scale.shape[2]
+    if sparsity is not None:
+        block = sparsity.whole(block)
     a, solved = inverse(hessian, damp)
     a = a.float()
     # what is quantized lies in front of `start`, in order; what remains, behind it
@@ -459,8 +556,14 @@ def _solve_reranked(
     for start in range(0, C, block):
         rest, end = slice(start, C), min(start + block, C)
         tile, behind = slice(start, end), slice(end, C)
-        picked = sensitivity.argsort(dim=1, descending=True, stable=True)[:, : end - start]
+        if sparsity is None:
+            picked = sensitivity.argsort(dim=1, descending=True, stable=True)[:, : end - start]
+        else:
+            picked = sparsity.largest(sensitivity, columns[:, rest], end - start)
         picked = picked.gather(1, _by_curvature(permuted(a[:, rest, rest], picked)))
+        if sparsity is not None:
+            order = sparsity.in_steps(columns[:, rest].gather(1, picked))
+            picked = picked.gather(1, order)
         move = to_front(picked, C - start)
         bring_forward(w[:, rest], move, 1)
         bring_forward(columns[:, rest], move, 1)
@@ -471,11 +574,20 @@ def _solve_reranked(
         root = torch.linalg.solve_triangular(lower, identity, upper=False).mT  # U^-1
         now, curvature = w[:, tile].mT, _by_diagonal(root @ root.mT)  # the latter: A_TT^-1
         grid = (scale, zero_point, columns[:, tile] // group_size, qmax)
-        code, error = ops.solve_columns(now, now, _by_diagonal(root), *grid, precision, backend)
+        feedback, pruned = _by_diagonal(root), None
+        if sparsity is None:
+            code, error = ops.solve_columns(now, now, feedback, *grid, precision, backend)
+        else:
+            pivots = root.diagonal(dim1=1, dim2=2).square()
+            code, error, pruned = _prune_and_solve(
+                now, feedback, pivots, *grid, precision, backend, sparsity, columns[:, tile], start
+            )
         for _ in range(sweeps if end - start > 1 else 0):
             # the same loop again; the columns ahead stand where the last pass put them
             ahead = now.mT.baddbmm(curvature.tril(-1).mT, error.mT).mT
-            code, error = ops.solve_columns(now, ahead, curvature, *grid, precision, backend)
+            code, error = ops.solve_columns(
+                now, ahead, curvature, *grid, precision, backend, pruned
+            )
         codes[:, tile] = code.mT
         solved = solved & (info == 0) & _finite(error.mT)
         if end < C:

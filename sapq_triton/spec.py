@@ -1,5 +1,6 @@
 """What a quantized weight may look like: bits, groups, symmetry, and how its scale is found."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -29,6 +30,9 @@ class QuantSpec:
     A the inverse Hessian; it needs one.
     scale_dtype: scales are rounded to it before the first column is quantized, so that a file that
     stores them so changes nothing: "float16" for GPTQ files.
+    sparsity: weights that are exactly zero, whose code is the zero point: at least this share of
+    all (0.5), or in each row all but N of each M consecutive columns ("2:4", N:M; of a convolution
+    M consecutive input channels at one position of its window). None: as rounding has it.
     """
 
     bits: int = 4
@@ -36,6 +40,7 @@ class QuantSpec:
     symmetric: bool = False
     scale_search: ScaleSearch = "mse"
     scale_dtype: ScaleDtype = "float32"
+    sparsity: str | float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
@@ -56,6 +61,11 @@ class QuantSpec:
             raise ValueError(
                 f"scale_dtype must be one of {get_args(ScaleDtype)}, got {self.scale_dtype!r}"
             )
+        if self.sparsity is not None and not _is_sparsity(self.sparsity):
+            raise ValueError(
+                'sparsity must be "N:M" with 0 < N < M, a share from 0 to below 1, or None, '
+                f"got {self.sparsity!r}"
+            )
 
     @property
     def qmax(self) -> int:
@@ -66,6 +76,19 @@ class QuantSpec:
     def shrink(self) -> tuple[float, ...]:
         """Fractions of the full range that the scale search tries, in the order it tries them."""
         return (1.0,) if self.scale_search == "absmax" else MSE_SHRINK
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """(N, M) where the sparsity is "N:M"."""
+        if not isinstance(self.sparsity, str):
+            return None
+        n, m = self.sparsity.split(":")
+        return int(n), int(m)
+
+    @property
+    def share(self) -> float:
+        """The share of zeros where the sparsity is a number, else 0."""
+        return 0.0 if self.sparsity is None or isinstance(self.sparsity, str) else self.sparsity
 
     def columns_per_group(self, columns: int) -> int:
         """The group size for a weight of `columns` columns, or ValueError if it does not divide."""
@@ -88,3 +111,10 @@ def check_bits(bits: Iterable[int]) -> tuple[int, ...]:
     if not widths:
         raise ValueError("bits is empty: at least one width is needed")
     return tuple(sorted(set(widths)))
+
+
+def _is_sparsity(value: object) -> bool:
+    if isinstance(value, str):
+        found = re.fullmatch(r"([0-9]+):([0-9]+)", value)
+        return found is not None and 0 < int(found[1]) < int(found[2])
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < 1

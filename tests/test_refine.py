@@ -284,3 +284,16 @@ def test_search_weighted_by_the_hessian_is_the_literal_search() -> None:
     torch.testing.assert_close(result.scale, (full * fraction).float(), rtol=1e-5, atol=0)
     plain = solve(weight, hessian, QuantSpec(3, 8))
     assert not torch.equal(plain.scale, result.scale)
+
+
+@pytest.mark.parametrize("sparsity", ["2:4", 0.5])
+def test_refinement_keeps_what_is_pruned(sparsity: Any) -> None:
+    weight, hessian = layer()
+    spec = QuantSpec(3, sparsity=sparsity)
+    plain = solve(weight, hessian, spec)
+    best = solve(weight, hessian, spec, candidates=4, rounds=2)
+    assert damped_errors(weight, hessian, best).sum() < damped_errors(weight, hessian, plain).sum()
+    assert best.sparsity >= 0.5
+    zeros = best.codes == best.zero_point.to(torch.uint8)
+    if sparsity == "2:4":
+        assert (zeros.unflatten(1, (-1, 4)).sum(2) >= 2).all()

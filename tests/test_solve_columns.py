@@ -49,6 +49,22 @@ def test_dyadic_tiles_are_exact(
     assert_same(actual, reference.solve_columns(*arguments, qmax))
 
 
+@pytest.mark.parametrize("B, R, T, G", [SHAPES[2], SHAPES[4], SHAPES[6]])
+def test_pruned_weights_are_zero(B: int, R: int, T: int, G: int, device: torch.device) -> None:
+    """And what they leave to the others is their whole weight."""
+    arguments = dyadic(B, R, T, G, device)
+    pruned = torch.rand(B, R, T, device=device) < 0.5
+    codes, error = ops.solve_columns(*arguments, 15, backend="triton", pruned=pruned)
+    assert_same((codes, error), reference.solve_columns(*arguments, 15, pruned))
+    weight, zero_point, group = arguments[0], arguments[4], arguments[5]
+    assert_same((error[pruned],), (weight[pruned],))
+    zero = reference.per_column(zero_point, group).expand(B, R, T)
+    assert_same((codes[pruned].float(),), (zero[pruned],))
+    dense = reference.solve_columns(*arguments, 15)
+    assert (codes != dense[0])[~pruned].any()  # others have taken it up
+    assert_same(reference.solve_columns(*arguments, 15, torch.zeros_like(pruned)), dense)
+
+
 @pytest.mark.parametrize("B, R, T, G", SHAPES)
 def test_each_code_is_the_rounded_running_weight(
     B: int, R: int, T: int, G: int, device: torch.device
@@ -91,6 +107,11 @@ def test_any_strides(device: torch.device) -> None:
     assert not any(t.is_contiguous() for t in arguments)
     actual = ops.solve_columns(*arguments, 15, backend="triton")
     assert_same(actual, reference.solve_columns(*(t.contiguous() for t in arguments), 15))
+    mask = torch.rand(B, 2 * T, R + 3, device=device) < 0.5
+    pruned = mask[:, ::2, 3:].mT
+    actual = ops.solve_columns(*arguments, 15, backend="triton", pruned=pruned)
+    for given in (pruned, pruned.contiguous()):
+        assert_same(actual, reference.solve_columns(*arguments, 15, given))
 
 
 def test_by_hand(device: torch.device) -> None:

@@ -119,6 +119,22 @@ SOLVE: dict[str, tuple[dict[str, Any], str]] = {  # arguments that differ from a
         {"spec": QuantSpec(4, 4)},
         r"group_size 4 does not divide 6 columns; legal are -1 and \[1, 2, 3, 6\]",
     ),
+    "sparsity-groups": (
+        {"spec": QuantSpec(4, sparsity="2:4")},
+        r"sparsity '2:4' needs a multiple of 4 columns, got 6",
+    ),
+    "sparsity-window": (
+        {"spec": QuantSpec(4, sparsity="1:2"), "window": 2},
+        r"sparsity '1:2' needs a multiple of 4 columns, 2 for each channel, got 6",
+    ),
+    "sparsity-obq": (
+        {"spec": QuantSpec(4, sparsity=0.5), "order": "obq"},
+        r"order 'obq' does not prune, but sparsity is 0\.5: choose another order",
+    ),
+    "window": ({"window": 4}, r"window must be a divisor of 6 columns, got 4"),
+    "window-0": ({"window": 0}, r"window must be .* got 0"),
+    "window-float": ({"window": 2.0}, r"window must be .* got 2\.0"),
+    "window-bool": ({"window": True}, r"window must be .* got True"),
     "zero-alone": (
         {"zero_point": ZERO_POINT, "spec": GROUPED},
         "zero_point was given without a scale",
@@ -256,6 +272,14 @@ OPS: dict[str, tuple[Callable[[], object], str]] = {  # call, message
     "solve_columns-feedback": (
         lambda: ops.solve_columns(TILE, TILE, A[:, :3], S, Z, GROUP, 15),
         r"feedback must be \[2, 4, 4\], got \[2, 3, 4\]",
+    ),
+    "solve_columns-pruned": (
+        lambda: ops.solve_columns(TILE, TILE, A, S, Z, GROUP, 15, pruned=TILE[:, :2] > 0),
+        r"pruned must be \[2, 3, 4\], got \[2, 2, 4\]",
+    ),
+    "solve_columns-pruned-dtype": (
+        lambda: ops.solve_columns(TILE, TILE, A, S, Z, GROUP, 15, pruned=TILE),
+        r"pruned must be bool, got torch\.float32",
     ),
     "solve_columns-device": (
         lambda: ops.solve_columns(TILE, TILE, A, S, Z.to(META), GROUP, 15),

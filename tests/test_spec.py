@@ -1,6 +1,7 @@
 """QuantSpec: what it derives, and every value that it refuses."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ REFUSED = [  # arguments, message
     ),
     pytest.param(
         {"scale_search": "mean"},
-        r"scale_search must be one of \('absmax', 'mse'\), got 'mean'",
+        r"scale_search must be one of \('absmax', 'mse', 'hessian'\), got 'mean'",
         id="search-unknown",
     ),
     pytest.param(
@@ -40,6 +41,25 @@ REFUSED = [  # arguments, message
         id="scale-float64",
     ),
     pytest.param({"scale_dtype": None}, r"scale_dtype must be .* got None", id="scale-none"),
+    *(
+        pytest.param({"sparsity": value}, message, id=f"sparsity-{value}")
+        for value, message in [
+            ("5:4", r"sparsity must be .N:M. with 0 < N < M, a share .* or None, got '5:4'$"),
+            ("4:4", r"sparsity must be .* got '4:4'"),
+            ("0:4", r"sparsity must be .* got '0:4'"),
+            ("2:", r"sparsity must be .* got '2:'"),
+            ("2:4:8", r"sparsity must be .* got '2:4:8'"),
+            ("-2:4", r"sparsity must be .* got '-2:4'"),
+            ("2:4\n", r"sparsity must be .* got '2:4\\n'"),
+            ("50%", r"sparsity must be .* got '50%'"),
+            (-1, r"sparsity must be .* got -1"),
+            (1, r"sparsity must be .* got 1"),
+            (1.5, r"sparsity must be .* got 1\.5"),
+            (math.nan, r"sparsity must be .* got nan"),
+            (True, r"sparsity must be .* got True"),
+            ((2, 4), r"sparsity must be .* got \(2, 4\)"),
+        ]
+    ),
 ]
 
 
@@ -75,6 +95,17 @@ def test_shrink() -> None:
     assert (len(searched), searched[0], searched[-1]) == (80, 1.0, pytest.approx(0.21))
     assert list(searched) == sorted(searched, reverse=True)
     assert QuantSpec(scale_search="absmax").shrink == (1.0,)
+
+
+@pytest.mark.parametrize(
+    "sparsity, n_of_m, share",
+    [(None, None, 0), ("2:4", (2, 4), 0), ("7:32", (7, 32), 0), (0.5, None, 0.5), (0, None, 0)],
+)
+def test_sparsity(
+    sparsity: str | float | None, n_of_m: tuple[int, int] | None, share: float
+) -> None:
+    spec = QuantSpec(sparsity=sparsity)
+    assert (spec.n_of_m, spec.share) == (n_of_m, share)
 
 
 def test_frozen() -> None:

@@ -214,7 +214,7 @@ def table(subject: Subject, results: Results, cells: Sequence[Cell]) -> str:
         if str(cell) in results.cells:
             rows.setdefault(cell.row, []).append(results.cells[str(cell)])
     first = next(iter(rows.values()))[0]
-    metrics = [name for name in first if name not in ("layers", "notes")]
+    metrics = [name for name in first if name not in ("layers", "notes", "environment")]
 
     def text(runs: list[dict[str, Any]], name: str) -> str:
         values = [run[name] for run in runs]

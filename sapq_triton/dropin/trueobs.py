@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..hessian import revive
-from ..layers import Layer
+from ..layers import Layer, window_size
 from ..obq import solve_obq
 from ..ops import Backend, Precision
 from ..result import dequantize, layer_error
@@ -218,8 +218,7 @@ class TrueOBS(LayerProblem):
     def _channels_last(self) -> Tensor:
         """Columns of a weight matrix, so that the input channels of a position lie together."""
         columns = torch.arange(self.columns, device=self.dev)
-        size = math.prod(getattr(self.layer, "kernel_size", (1,)))
-        return columns.view(-1, size).T.flatten()
+        return columns.view(-1, window_size(self.layer)).T.flatten()
 
     def _finish(self, weight: Tensor, quantized: Tensor) -> None:
         self.error = layer_error(weight, quantized, self._hessian()).sum().item()
