@@ -485,6 +485,14 @@ def test_layers_without_a_curve_have_a_reason() -> None:
     assert found.skipped["never"] == "no calibration row reached it"
 
 
+def test_a_layer_without_weights_loses_nothing() -> None:
+    model, batches = cnn().eval(), images(2)
+    nn.init.zeros_(model[5].weight)
+    found = curves_of(model, batches, "fisher", "measured", "trace", "relative")
+    assert set(found.layers["5"].errors.values()) == {(0.0,) * len(WIDTHS)}
+    assert allocate(found, mean_bits=5).specs["5"].bits == WIDTHS[0]
+
+
 @pytest.mark.parametrize("score", ["fisher", "measured"])
 def test_outputs_that_cannot_be_compared(score: Any) -> None:
     model, batches = cnn().eval(), images(2)
