@@ -51,9 +51,10 @@ def error_curves(
     bits: widths to solve at; all else is as in `spec`.
     score: one, or several at the price of one solve, of
         "fisher": the loss that the layer alone would cause, to second order, by gradients of
-            sampled labels (`scores.fisher`): a backward pass per held-out batch and sample.
+            sampled labels (`scores.fisher`): a backward pass per held-out batch and sample. In
+            proportion to its layer errors, by the mean of loss / layer error over the widths.
         "measured": that loss with the layer alone rounded to `measured_bits`, and at other widths
-            in proportion to its layer error: a forward pass per layer and held-out batch.
+            in proportion to its layer errors: a forward pass per layer and held-out batch.
         "trace": mean trace of the Fisher matrix, times |W - Q|^2 / 2 (HAWQ-v2, arXiv 1911.03852).
         "relative": tr((W - Q) H (W - Q)^T) / tr(W H W^T), which knows nothing of the model.
     held_out: batches on which the errors are measured; by default every fourth of `batches`, from
@@ -105,28 +106,31 @@ def error_curves(
                 rounded[name] = _rounded(target, sums.pop(name), widths, corrected, options)
             else:
                 skipped[name] = "no calibration row reached it"
+        sums, _ = _input_sums(model, targets, test, run, mask_of, hessian_dtype, options)
+        of_layers = {
+            name: _layer_errors(layer, sums.pop(name).hessian())
+            for name, layer in rounded.items()
+            if name in sums
+        }
+        found["relative"] = {
+            name: tuple(error / energy if energy > 0 else 0.0 for error in errors)
+            for name, (errors, energy) in of_layers.items()
+        }
         if loss and {"fisher", "trace"} & set(wanted):
             estimates = scores.fisher(model, test, rounded, run, mask_of, loss, samples, seed)
-            found["fisher"] = {name: fisher for name, (fisher, _) in estimates.items()}
+            found["fisher"] = {
+                name: _in_proportion(dict(enumerate(losses)), of_layers[name][0])
+                for name, (losses, _) in estimates.items()
+                if name in of_layers
+            }
             found["trace"] = {
                 name: _isotropic(rounded[name], trace) for name, (_, trace) in estimates.items()
-            }
-        if {"measured", "relative"} & set(wanted):
-            sums, _ = _input_sums(model, targets, test, run, mask_of, hessian_dtype, options)
-            of_layers = {
-                name: _layer_errors(layer, sums.pop(name).hessian())
-                for name, layer in rounded.items()
-                if name in sums
-            }
-            found["relative"] = {
-                name: tuple(error / energy if energy > 0 else 0.0 for error in errors)
-                for name, (errors, energy) in of_layers.items()
             }
         if loss and "measured" in wanted:
             place = widths.index(middle)
             measured = scores.measured(model, test, rounded, place, run, mask_of, loss)
             found["measured"] = {
-                name: _in_proportion(measured[name], errors, place)
+                name: _in_proportion({place: measured[name]}, errors)
                 for name, (errors, _) in of_layers.items()
             }
     curves = {}
@@ -277,8 +281,12 @@ def _isotropic(layer: Rounded, trace: float) -> tuple[float, ...]:
     return tuple((trace / lost.shape[1] / 2 * squares).tolist())
 
 
-def _in_proportion(loss: float, errors: tuple[float, ...], place: int) -> tuple[float, ...]:
-    """A loss that was measured at one place, at all of them."""
-    if errors[place] <= 0:  # nothing is lost there
-        return tuple(loss for _ in errors)
-    return tuple(loss * error / errors[place] for error in errors)
+def _in_proportion(losses: Mapping[int, float], errors: tuple[float, ...]) -> tuple[float, ...]:
+    """Losses known at some widths, by place, at all of them: in proportion to the layer errors.
+
+    What one rounding does to the output depends on its direction by chance, and an estimate on its
+    samples; the layer error averages over many inputs, and falls steadily with the bits.
+    """
+    ratios = [loss / errors[place] for place, loss in losses.items() if errors[place] > 0]
+    ratio = sum(ratios) / len(ratios) if ratios else 0.0  # no error at any width that is known
+    return tuple(ratio * error for error in errors)

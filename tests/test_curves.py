@@ -109,6 +109,12 @@ def test_batches_that_are_held_out_by_hand() -> None:
     assert curves_of(model, [a, b], *scores, held_out=[b]) != expected
 
 
+def in_proportion(losses: list[float], relative: tuple[float, ...]) -> list[float]:
+    """The relative errors, times the mean of loss / relative error."""
+    ratios = [loss / error for loss, error in zip(losses, relative, strict=True)]
+    return [sum(ratios) / len(ratios) * error for error in relative]
+
+
 # --- fisher and trace: against gradients of single examples ---------------------------------------
 
 
@@ -174,27 +180,29 @@ def literal_fisher(
 @pytest.mark.parametrize("loss", ["kl", "squared"])
 def test_fisher_of_convolutions(loss: Any) -> None:
     model, batches = cnn().eval(), images(3)
-    found = curves_of(model, batches, "fisher", "trace", loss=loss, samples=2)
+    found = curves_of(model, batches, "fisher", "trace", "relative", loss=loss, samples=2)
     expected = literal_fisher(model, [batches[0], batches[2]], [batches[1]], model, loss, 2)
     assert found.loss == loss
     for name, (fisher, trace) in expected.items():
-        close(found.layers[name].errors["fisher"], fisher)
+        errors = found.layers[name].errors
+        close(errors["fisher"], in_proportion(fisher, errors["relative"]))
         close(found.layers[name].errors["trace"], trace)
 
 
 def test_fisher_of_a_first_layer_that_is_changed_in_place() -> None:
     model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)).eval()
     batches = [torch.randn(8, 5) for _ in range(2)]
-    found = curves_of(model, batches, "fisher", samples=2)
+    found = curves_of(model, batches, "fisher", "relative", samples=2)
     expected = literal_fisher(model, batches[:1], batches[1:], model, "kl", 2)
     for name, (fisher, _) in expected.items():
-        close(found.layers[name].errors["fisher"], fisher)
+        errors = found.layers[name].errors
+        close(errors["fisher"], in_proportion(fisher, errors["relative"]))
 
 
 def test_fisher_of_tokens() -> None:
     """An example is a sequence, however a layer sees it; the calls of a layer count together."""
     model, batches = Tokens().eval(), tokens(2)
-    found = curves_of(model, batches, "fisher", "trace", samples=3)
+    found = curves_of(model, batches, "fisher", "trace", "relative", samples=3)
     assert found.loss == "kl"
 
     def run(batch: Any) -> Tensor:
@@ -204,7 +212,8 @@ def test_fisher_of_tokens() -> None:
     # [T, N, C] with T = 5 cannot be split into N = 4: the batch is one example
     expected = literal_fisher(model, batches[:1], batches[1:], run, "kl", 3, whole=("three",))
     for name, (fisher, trace) in expected.items():
-        close(found.layers[name].errors["fisher"], fisher)
+        errors = found.layers[name].errors
+        close(errors["fisher"], in_proportion(fisher, errors["relative"]))
         if name != "one":  # norms are of each call
             close(found.layers[name].errors["trace"], trace)
 
@@ -428,11 +437,12 @@ def test_shared_weights_are_one_layer() -> None:
             return self.second(F.relu(self.first(x)))
 
     model, batches = Twice().eval(), [torch.randn(7, 5) for _ in range(2)]
-    found = curves_of(model, batches, "fisher", "measured")
+    found = curves_of(model, batches, "fisher", "relative")
     assert list(found.layers) == ["first"]
     assert found.layers["first"].notes == ("weight shared with second",)
     expected = literal_shared(model, batches)
-    close(found.layers["first"].errors["fisher"], expected)
+    errors = found.layers["first"].errors
+    close(errors["fisher"], in_proportion(expected, errors["relative"]))
 
 
 def literal_shared(model: Any, batches: list[Tensor]) -> list[float]:
@@ -473,6 +483,14 @@ def test_layers_without_a_curve_have_a_reason() -> None:
         }
     found = curves_of(model, batches, "fisher")
     assert found.skipped["never"] == "no calibration row reached it"
+
+
+def test_a_layer_without_weights_loses_nothing() -> None:
+    model, batches = cnn().eval(), images(2)
+    nn.init.zeros_(model[5].weight)
+    found = curves_of(model, batches, "fisher", "measured", "trace", "relative")
+    assert set(found.layers["5"].errors.values()) == {(0.0,) * len(WIDTHS)}
+    assert allocate(found, mean_bits=5).specs["5"].bits == WIDTHS[0]
 
 
 @pytest.mark.parametrize("score", ["fisher", "measured"])
