@@ -144,8 +144,11 @@ def grid_of(rows: int, groups: int, *group_shape: int) -> tuple[Tensor, Tensor, 
 # C = 4096 columns, R = 4096 rows, tiles of 128.
 
 
-def quantize_groups(module: ModuleType, symmetric: bool, shrink: tuple[float, ...]) -> None:
-    module.quantize_groups(meta(1, 4096, 4096), 128, 15, symmetric, shrink)
+def quantize_groups(
+    module: ModuleType, symmetric: bool, shrink: tuple[float, ...], weighted: bool = False
+) -> None:
+    importance = meta(1, 4096) if weighted else None
+    module.quantize_groups(meta(1, 4096, 4096), 128, 15, symmetric, shrink, importance)
 
 
 def column_sensitivity(module: ModuleType) -> None:
@@ -224,6 +227,7 @@ CASES: dict[str, dict[str, Callable[[ModuleType, str], None]]] = {
         "absmax symmetric": lambda module, _: quantize_groups(module, True, (1.0,)),
         "mse": lambda module, _: quantize_groups(module, False, MSE_SHRINK),
         "mse symmetric": lambda module, _: quantize_groups(module, True, MSE_SHRINK),
+        "weighted": lambda module, _: quantize_groups(module, False, MSE_SHRINK, True),
     },
     "column_sensitivity": {"": lambda module, _: column_sensitivity(module)},
     "solve_columns": {

@@ -122,11 +122,12 @@ def quantize_groups(
     blocks = parameters("quantize_groups", weight.device)
     BLOCK_C = min(triton.next_power_of_2(group_size), blocks["BLOCK_C"])
     BLOCK_R = max(1, blocks["ELEMENTS"] // BLOCK_C)
+    cost = weight if importance is None else importance  # not read where there is none
     with torch.cuda.device_of(weight):
         _quantize_groups_kernel[(triton.cdiv(R, BLOCK_R), G, B)](
             weight, *weight.stride(),
             torch.tensor(shrink, dtype=torch.float32, device=weight.device),
-            importance, *((0, 0) if importance is None else importance.stride()),
+            cost, *cost.stride()[:2],
             codes, *codes.stride(),
             scale, zero_point, *scale.stride(),
             R,

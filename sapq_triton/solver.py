@@ -136,7 +136,7 @@ def solve(
     solver = _solver(order, block, sweeps, precision, backend, sparsity)
     nearest = partial(_solve_nearest, sparsity=sparsity)
     # the candidates of a row are rows of one problem: they share its factors and its order
-    stacked = w.repeat(1, candidates, 1)
+    stacked = w if candidates == 1 else w.repeat(1, candidates, 1)
     codes, ranked, used_damp, fallback = _climb(
         solver, nearest, stacked, revived, damp, scale, zero_point, spec.qmax
     )

@@ -40,7 +40,7 @@ def rounded(layer: Any, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor, to
     matrix = weight_matrix(layer)
     size = spec.columns_per_group(matrix.shape[2])
     codes, scale, zero_point = quantize_groups(
-        matrix, size, spec.qmax, spec.symmetric, spec.shrink, "reference"
+        matrix, size, spec.qmax, spec.symmetric, spec.shrink, backend="reference"
     )
     return codes, scale, zero_point.to(torch.uint8)
 

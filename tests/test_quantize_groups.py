@@ -169,3 +169,32 @@ def test_one_sided_group_keeps_zero_on_the_grid(
     codes, scale, found = ops.quantize_groups(weight, 4, 15, False, ABSMAX, backend="triton")
     assert (scale.item(), found.item()) == (0.5, zero_point)
     assert codes.tolist() == [[[zero_point + sign * n for n in (10, 15, 12, 14)]]]
+
+
+@SYMMETRY
+@pytest.mark.parametrize("B, R, C, group_size", SHAPES)
+def test_importance_decides_the_search(
+    B: int, R: int, C: int, group_size: int, symmetric: bool, device: torch.device
+) -> None:
+    """Every other column alone counts: the search is that of a weight of those columns."""
+    weight = torch.randn(B, R, C, device=device)
+    shrink = MSE_SHRINK[::8]
+    ones = torch.ones(B, C, device=device)
+    arguments = (group_size, 7, symmetric, shrink)
+    plain = ops.quantize_groups(weight, *arguments, backend="triton")
+    assert_same(ops.quantize_groups(weight, *arguments, ones, backend="triton"), plain)
+    importance = torch.rand(2 * B, 3 * C, device=device)[::2, ::3].square()  # of any strides
+    actual = ops.quantize_groups(weight, *arguments, importance, backend="triton")
+    expected = reference.quantize_groups(weight, *arguments, importance)
+    cost = importance[:, None].expand(B, R, C)
+
+    def weighted(found: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        codes, scale, zero_point = found
+        value = (codes - per_column(zero_point, C)) * per_column(scale, C)
+        return ((value - weight).square() * cost).unflatten(2, (-1, group_size)).sum(3)
+
+    torch.testing.assert_close(weighted(actual), weighted(expected), rtol=1e-5, atol=1e-12)
+    assert (actual[1] == expected[1]).float().mean() > 0.9
+    assert (weighted(actual) <= weighted(plain) * (1 + 1e-5) + 1e-12).all()
+    if C > 1 and R * C > 200:
+        assert (actual[1] != plain[1]).any()

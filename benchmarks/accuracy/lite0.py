@@ -43,6 +43,14 @@ def log_probabilities(model: nn.Module, pixels: Tensor) -> Tensor:
     return torch.cat([model(preprocess(part)).log_softmax(1) for part in pixels.split(BATCH)])
 
 
+@torch.inference_mode()
+def predict(model: nn.Module, pixels: Tensor) -> Tensor:
+    """Predicted classes int64 [N], on the CPU whatever the device of the model"""
+    device = next(model.parameters()).device
+    batches = (preprocess(part).to(device) for part in pixels.split(BATCH))
+    return torch.cat([model(batch).argmax(1).cpu() for batch in batches])
+
+
 class Study:
     loss = "kl"
     groups = (-1,)
