@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -114,8 +113,8 @@ def quantize(
     one Hessian and one order of columns: they are solved as one matrix with the rows of all, but
     where a share of the weights becomes zero: each layer loses that share.
 
-    A group size that does not divide the columns of a layer becomes one group per row there, and
-    where an N:M sparsity does not divide the input channels, no weight is pruned. Layers
+    A group size that does not divide the columns of a layer becomes one group per row there. A
+    layer is not pruned where the M of an N:M sparsity does not divide its input channels. Layers
     that no batch reaches are rounded to nearest. Layers called several times in a forward pass, or
     sharing a weight, are solved once, on inputs of the full-precision model. All of this is noted
     in the report. ValueError for bad arguments, before anything is changed; after an exception the
@@ -190,17 +189,15 @@ def _check(
     lazy = [name for name, tensor in _tensors(model) if nn.parameter.is_lazy(tensor)]
     if lazy:
         raise ValueError(f"{', '.join(lazy)} not initialized yet; run the model once before")
-    # a problem of one group: the solver says what it thinks of its options before the model runs
+    # a problem of one weight: the solver says what it thinks of its options before the model runs
     HessianSum(1, 1, dtype=hessian_dtype)
     one = next((p for p in model.parameters() if p.is_floating_point()), torch.ones(1))
     uses_triton(one, options["backend"])
-    for each in (spec, *overrides.values()):
-        assert isinstance(each, QuantSpec)
-        columns = each.n_of_m[1] if each.n_of_m else 1
-        solve(
-            torch.ones(1, columns), torch.eye(columns), replace(each, group_size=-1),
-            **{**options, "backend": "reference"},
-        )  # fmt: skip
+    sparse = any(isinstance(s, QuantSpec) and s.sparsity for s in (spec, *overrides.values()))
+    solve(
+        torch.ones(1, 1), torch.ones(1, 1), QuantSpec(sparsity=0.5 if sparse else None),
+        **{**options, "backend": "reference"},
+    )  # fmt: skip
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -464,9 +461,9 @@ class _Run:
         layers.store_weight(target.module, quantized)
         if solution.others:
             names = ", ".join(solution.others)
-            alone = f"one Hessian with {names}"
+            apart = f"shares the Hessian of {names}, solved by itself"
             together = f"solved together with {names}: one Hessian"
-            target.notes.append(alone if target.spec.share else together)
+            target.notes.append(apart if target.spec.share else together)
         self.layers_done.append(
             LayerReport(
                 name=target.name,

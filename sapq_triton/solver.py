@@ -224,7 +224,7 @@ def _check(
     sparsity = Sparsity.of(spec, columns, window)
     if sparsity is not None and order == "obq":
         raise ValueError(
-            f"order 'obq' does not prune, but sparsity is {spec.sparsity!r}: choose another order, "
+            "order 'obq' does not prune, as the sparsity of the spec asks for: choose another one, "
             "or prune by dropin.TrueOBS, whose quantize(keep_zeros=True) is exact OBQ on the others"
         )
     return sparsity
@@ -441,7 +441,7 @@ def _solve_nearest(
 ) -> Solved:
     """Round to nearest, blind to the Hessian: the baseline, and the last resort."""
     natural = torch.arange(weight.shape[2], device=weight.device).expand(len(weight), -1)
-    if sparsity is not None:
+    if sparsity is not None:  # by magnitude
         weight = weight.masked_fill(sparsity.cheapest(weight.abs(), natural, 0), 0)
     grouped = weight.unflatten(2, (scale.shape[2], -1))
     code = reference.to_code(grouped, scale[..., None], zero_point[..., None], qmax)
@@ -562,8 +562,7 @@ def _solve_reranked(
             picked = sparsity.largest(sensitivity, columns[:, rest], end - start)
         picked = picked.gather(1, _by_curvature(permuted(a[:, rest, rest], picked)))
         if sparsity is not None:
-            order = sparsity.in_steps(columns[:, rest].gather(1, picked))
-            picked = picked.gather(1, order)
+            picked = picked.gather(1, sparsity.in_steps(columns[:, rest].gather(1, picked)))
         move = to_front(picked, C - start)
         bring_forward(w[:, rest], move, 1)
         bring_forward(columns[:, rest], move, 1)

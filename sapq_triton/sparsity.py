@@ -92,16 +92,12 @@ class Sparsity:
             count = round(self.share * R * (start + T)) - round(self.share * R * start)
             return _smallest(cost.flatten(1), count).view(B, R, T)
         together = self.by_group(columns)[:, None, :].expand(B, R, T)
-        ranked = cost.gather(2, together).unflatten(2, (-1, self.group)).argsort(dim=3, stable=True)
-        pruned = torch.zeros(ranked.shape, dtype=torch.bool, device=cost.device)
-        pruned.scatter_(3, ranked[..., : round(self.share * self.group)], True)
-        return torch.empty_like(pruned.flatten(2)).scatter_(2, together, pruned.flatten(2))
+        groups = cost.gather(2, together).unflatten(2, (-1, self.group))
+        pruned = _smallest(groups, round(self.share * self.group)).flatten(2)
+        return torch.empty_like(pruned).scatter_(2, together, pruned)
 
 
 def _smallest(value: Tensor, count: int) -> Tensor:
-    """[B, N]  ->  bool [B, N], of equal values the first; without a sort"""
-    if count == 0:
-        return torch.zeros(value.shape, dtype=torch.bool, device=value.device)
-    limit = value.kthvalue(count, dim=1, keepdim=True).values
-    below, equal = value < limit, value == limit
-    return below | (equal & (equal.cumsum(1) <= count - below.sum(1, keepdim=True)))
+    """Where the `count` smallest of the last dimension are, of equal ones the first; bool"""
+    first = value.argsort(dim=-1, stable=True)[..., :count]
+    return torch.zeros_like(value, dtype=torch.bool).scatter_(-1, first, True)

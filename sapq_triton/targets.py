@@ -130,11 +130,11 @@ def find_targets(
                 "one group per row"
             )
             target.spec = replace(target.spec, group_size=-1)
-        n_of_m, channels = target.spec.n_of_m, columns // layers.window_size(module)
-        if n_of_m is not None and channels % n_of_m[1]:
+        channels = columns // layers.window_size(module)
+        if target.spec.n_of_m and channels % target.spec.n_of_m[1]:
             target.notes.append(
-                f"sparsity {target.spec.sparsity} does not divide {channels} input channels: "
-                "no weight pruned"
+                f"groups of sparsity {target.spec.sparsity} do not divide {channels} input "
+                "channels: not pruned"
             )
             target.spec = replace(target.spec, sparsity=None)
         if len(twins) > 1:

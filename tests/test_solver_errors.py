@@ -129,7 +129,7 @@ SOLVE: dict[str, tuple[dict[str, Any], str]] = {  # arguments that differ from a
     ),
     "sparsity-obq": (
         {"spec": QuantSpec(4, sparsity=0.5), "order": "obq"},
-        r"order 'obq' does not prune, but sparsity is 0\.5: choose another order",
+        "order 'obq' does not prune, as the sparsity of the spec asks for: choose another one",
     ),
     "window": ({"window": 4}, r"window must be a divisor of 6 columns, got 4"),
     "window-0": ({"window": 0}, r"window must be .* got 0"),
