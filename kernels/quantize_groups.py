@@ -1,8 +1,9 @@
 """Round each group of columns to a grid of its own, with a search for the scale.
 
-    symmetric:   full = max|w| / (qmax / 2)              zero_point = (qmax + 1) / 2
+    symmetric:   full = max|w| / half_range              zero_point = (qmax + 1) / 2
     asymmetric:  low, high = min(w, 0), max(w, 0)
                  full = (high - low) / qmax              zero_point = round(-low / full)
+    codebook:    full = max|w| / half_range              zero_point = 0, symmetric only
     scale = full * fraction of least sum (Q(w) - w)**2, the first of equals
     codes = clamp(round(w / scale) + zero_point, 0, qmax)
 
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import parameters
-from .rounding import round_half_even, to_code, to_value
+from .rounding import constants, round_half_even, to_code, to_value
 
 
 @triton.jit
@@ -27,7 +28,9 @@ def _quantize_groups_kernel(
     scale_ptr, zero_point_ptr, stride_sb, stride_sr, stride_sg,  # [B, R, G] float32
     R,
     group_size,
+    half_range,
     qmax,
+    CODEBOOK: tl.constexpr,
     N_SHRINK: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -53,9 +56,9 @@ def _quantize_groups_kernel(
     low, high = tl.min(lows, axis=1), tl.max(highs, axis=1)  # [BLOCK_R]
     top = tl.zeros([BLOCK_R], dtype=tl.float32) + qmax
     if SYMMETRIC:
-        full = tl.div_rn(tl.maximum(high, -low), top * 0.5)
+        full = tl.div_rn(tl.maximum(high, -low), tl.zeros_like(top) + half_range)
         full = tl.where(full == 0.0, 1.0, full)
-        zero_point = (top + 1.0) * 0.5
+        zero_point = (top + 1.0) * 0.5 if CODEBOOK is None else tl.zeros_like(top)
     else:
         full = tl.div_rn(high - low, top)
         full = tl.where(full == 0.0, 1.0, full)
@@ -76,7 +79,8 @@ def _quantize_groups_kernel(
                 w = w.to(tl.float32)
                 s = tl.broadcast_to(trial[:, None], w.shape)
                 z = tl.broadcast_to(zero_point[:, None], w.shape)
-                delta = to_value(to_code(w, s, z, qmax), s, z) - w
+                code = to_code(w, s, z, qmax, CODEBOOK)
+                delta = to_value(code, s, z, CODEBOOK) - w
                 error += tl.sum(delta * delta, axis=1)
             better = error < best
             best = tl.where(better, error, best)
@@ -91,14 +95,14 @@ def _quantize_groups_kernel(
         codes = (
             codes_ptr + batch * stride_cb + rows[:, None] * stride_cr + cols[None, :] * stride_cc
         )
-        tl.store(codes, to_code(w, s, z, qmax).to(tl.uint8), mask=mask)
+        tl.store(codes, to_code(w, s, z, qmax, CODEBOOK).to(tl.uint8), mask=mask)
     offsets = batch * stride_sb + rows * stride_sr + group * stride_sg
     tl.store(scale_ptr + offsets, scale, mask=row_mask)
     tl.store(zero_point_ptr + offsets, zero_point, mask=row_mask)
 
 
 def quantize_groups(
-    weight: Tensor, group_size: int, qmax: int, symmetric: bool, shrink: tuple[float, ...]
+    weight: Tensor, group_size: int, qmax, symmetric: bool, shrink: tuple[float, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """weight [B, R, C]  ->  codes uint8 [B, R, C], scale, zero_point float32 [B, R, G]"""
     B, R, C = weight.shape
@@ -117,7 +121,8 @@ def quantize_groups(
             scale, zero_point, *scale.stride(),
             R,
             group_size,
-            float(qmax),
+            qmax / 2 if isinstance(qmax, int) else qmax.half_range,
+            *constants(qmax),
             N_SHRINK=len(shrink),
             SYMMETRIC=symmetric,
             BLOCK_R=BLOCK_R,

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import parameters
-from .rounding import to_code, to_value
+from .rounding import constants, to_code, to_value
 
 SUB = 16  # more columns in registers cost more compile time than they save
 
@@ -63,6 +63,7 @@ def _solve_columns_kernel(
     R,
     C,
     qmax,
+    CODEBOOK: tl.constexpr,
     EVEN: tl.constexpr,  # SUB divides C
     GROUPS: tl.constexpr,  # more than one
     PRECISION: tl.constexpr,
@@ -145,9 +146,10 @@ def _solve_columns_kernel(
                     f_ptr = f_ptrs + j * stride_fj + i * stride_fk
                     f = tl.load(f_ptr, mask=EVEN | (start + i < C), other=0.0)
                     running += errors[j] * f
-                code = to_code(running, scales[i], zero_points[i], qmax)
+                code = to_code(running, scales[i], zero_points[i], qmax, CODEBOOK)
                 codes = codes + (code,)
-                errors = errors + (target[i] - to_value(code, scales[i], zero_points[i]),)
+                value = to_value(code, scales[i], zero_points[i], CODEBOOK)
+                errors = errors + (target[i] - value,)
             for i in tl.static_range(SUB):
                 tl.store(exchange_rows + (2 * SUB + i) * BLOCK_R, codes[i])
                 tl.store(exchange_rows + (3 * SUB + i) * BLOCK_R, errors[i])
@@ -165,7 +167,7 @@ def solve_columns(
     scale: Tensor,
     zero_point: Tensor,
     group: Tensor,
-    qmax: int,
+    qmax,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """weight, running [B, R, C], feedback [B, C, C], scale, zero_point [B, R, G], group [B, C]
@@ -191,7 +193,7 @@ def solve_columns(
             exchange,
             R,
             C,
-            float(qmax),
+            *constants(qmax),
             EVEN=C % SUB == 0,
             GROUPS=scale.shape[2] > 1,
             PRECISION=precision,

@@ -43,7 +43,7 @@ class LayerReport:
 
     def dequantize(self) -> Tensor:
         """The quantized weight as a batch of matrices, float32 [B, R, C], on the CPU."""
-        return dequantize(self.codes, self.scale, self.zero_point)
+        return dequantize(self.codes, self.scale, self.zero_point, self.spec)
 
     @property
     def relative_error(self) -> float:
@@ -51,9 +51,15 @@ class LayerReport:
 
     @property
     def bytes(self) -> float:
-        """Size of packed codes, float16 scales and packed zero points (none where symmetric)."""
-        grid = self.scale.numel() * (2 if self.spec.symmetric else 2 + self.spec.bits / 8)
-        return self.codes.numel() * self.spec.bits / 8 + grid
+        """Size of packed codes, packed zero points (none where symmetric), and scales: of one byte,
+        for "uint8" with a float16 number per row, where scale_dtype says so, else float16.
+        """
+        groups, bits = self.scale.numel(), self.spec.bits
+        scales = groups * (1 if self.spec.scale_dtype in ("power-of-two", "uint8") else 2)
+        if self.spec.scale_dtype == "uint8":
+            scales += groups // self.scale.shape[-1] * 2
+        zero_points = 0 if self.spec.symmetric else groups * bits / 8
+        return self.codes.numel() * bits / 8 + zero_points + scales
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .codebook import Codebook
 from .hessian import feedback_factor, inverse, permuted, revive
 from .obq import solve_obq
 from .ops import Backend, Precision
 from .order import static_order
 from .result import SolveReport, SolveResult, dequantize, row_errors
+from .scales import snapped
 from .spec import Order, QuantSpec
 from .tile import bring_both_forward, bring_forward, to_front
 
@@ -69,7 +71,7 @@ def solve(
         not positive definite it is raised tenfold, up to four times; at the end of that ladder the
         weight is rounded to nearest. Either is in the report.
     scale, zero_point: an external grid [R, G] or [B, R, G], G = C / group_size. Without a
-        zero_point a symmetric spec takes the middle code.
+        zero_point a symmetric spec takes the middle code, one with a codebook 0.
     precision: of the kernels' matrix products: "ieee" (float32), "tf32x3" (three products on tensor
         cores, of leading and trailing bits), "tf32" (one, of ten bits of mantissa). On the layers
         of all-MiniLM-L6-v2 at 4 bits tf32x3 changed 1 code in 100,000 and no layer error by more
@@ -93,9 +95,9 @@ def solve(
     revived, dead = revive(h)
     solver = _solver(order, block, sweeps, precision, backend)
     codes, ranked, used_damp, fallback = _climb(
-        solver, w, revived, damp, scale, zero_point, spec.qmax
+        solver, w, revived, damp, scale, zero_point, spec.levels
     )
-    quantized = dequantize(codes, scale, zero_point) if measure else None
+    quantized = dequantize(codes, scale, zero_point, spec) if measure else None
     errors = row_errors(w, h, quantized).reshape(weight.shape[:-1]) if measure else None
     energies = row_errors(w, h).reshape(weight.shape[:-1]) if measure else None
 
@@ -186,20 +188,6 @@ def _finite(matrix: Tensor) -> Tensor:
     return low.isfinite() & high.isfinite()
 
 
-def _snapped(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """The nearest positive numbers of `scale_dtype`, as float32"""
-    dtype: torch.dtype = getattr(torch, spec.scale_dtype)
-    if dtype == torch.float32:
-        return scale
-    limits = torch.finfo(dtype)
-    if (scale > limits.max).any():
-        raise ValueError(
-            f"scales reach {scale.max().item():.3g}, beyond {spec.scale_dtype}; "
-            "choose another scale_dtype"
-        )
-    return scale.to(dtype).clamp_(min=limits.smallest_normal * limits.eps).float()
-
-
 def _grid(
     weight: Tensor,
     spec: QuantSpec,
@@ -210,19 +198,20 @@ def _grid(
     """The grid to round to: found here, or given and checked. [B, R, G] float32 each"""
     B, R, C = weight.shape
     group_size = spec.columns_per_group(C)
+    middle, top = ((spec.qmax + 1) // 2, spec.qmax) if spec.codebook == "int" else (0, 0)
     if scale is None:
         if zero_point is not None:
             raise ValueError("zero_point was given without a scale")
         _, scale, zero_point = ops.quantize_groups(
-            weight, group_size, spec.qmax, spec.symmetric, spec.shrink, backend
+            weight, group_size, spec.levels, spec.symmetric, spec.shrink, backend
         )
         if not scale.isfinite().all():
             raise ValueError("weight spans more than float32 can hold; scale it down")
-        return _snapped(scale, spec), zero_point
+        return snapped(weight, scale, zero_point, spec), zero_point
     if zero_point is None:
         if not spec.symmetric:
             raise ValueError("an asymmetric spec with an external scale needs a zero_point")
-        zero_point = torch.full_like(scale, (spec.qmax + 1) // 2)
+        zero_point = torch.full_like(scale, middle)
     for name, tensor in (("scale", scale), ("zero_point", zero_point)):
         if tensor.shape[-1:] != (C // group_size,) or tensor.numel() != B * R * (C // group_size):
             raise ValueError(
@@ -235,10 +224,10 @@ def _grid(
     bad = ~(scale.isfinite() & (scale > 0))
     if bad.any():
         raise ValueError(f"scale must be positive and finite, got {scale[bad][0].item()}")
-    bad = (zero_point != zero_point.round()) | (zero_point < 0) | (zero_point > spec.qmax)
+    bad = (zero_point != zero_point.round()) | (zero_point < 0) | (zero_point > top)
     if bad.any():
         raise ValueError(
-            f"zero_point must hold integers from 0 to {spec.qmax}, got {zero_point[bad][0].item()}"
+            f"zero_point must hold integers from 0 to {top}, got {zero_point[bad][0].item()}"
         )
     return scale, zero_point
 
@@ -246,7 +235,7 @@ def _grid(
 # weight [B, R, C], hessian [B, C, C], damp, scale, zero_point [B, R, G], qmax
 # -> codes uint8 [B, R, C], order of columns int64 [B, C], solved bool [B]
 Solved = tuple[Tensor, Tensor, Tensor]
-Solver = Callable[[Tensor, Tensor, float, Tensor, Tensor, int], Solved]
+Solver = Callable[[Tensor, Tensor, float, Tensor, Tensor, int | Codebook], Solved]
 
 
 def _solver(
@@ -270,7 +259,7 @@ def _climb(
     damp: float,
     scale: Tensor,
     zero_point: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solve with the first damping of the ladder that works for each problem, else round.
 
@@ -300,7 +289,12 @@ def _climb(
 
 
 def _solve_nearest(
-    weight: Tensor, hessian: Tensor, damp: float, scale: Tensor, zero_point: Tensor, qmax: int
+    weight: Tensor,
+    hessian: Tensor,
+    damp: float,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmax: int | Codebook,
 ) -> Solved:
     """Round to nearest, blind to the Hessian: the baseline, and the last resort."""
     grouped = weight.unflatten(2, (scale.shape[2], -1))
@@ -316,7 +310,7 @@ def _solve_static(
     damp: float,
     scale: Tensor,
     zero_point: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
     *,
     order: Order,
     precision: Precision,
@@ -342,7 +336,7 @@ def _solve_reranked(
     damp: float,
     scale: Tensor,
     zero_point: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
     *,
     block: int,
     sweeps: int,
@@ -417,7 +411,7 @@ def _solve_greedy(
     damp: float,
     scale: Tensor,
     zero_point: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
     *,
     block: int,
     precision: Precision,

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from .codebook import FP4, NF4, Codebook
+
 ScaleSearch = Literal["absmax", "mse"]
-ScaleDtype = Literal["float32", "float16", "bfloat16"]
+ScaleDtype = Literal["float32", "float16", "bfloat16", "power-of-two", "uint8"]
+CodebookName = Literal["int", "nf4", "fp4"]
 Order = Literal[
     "sensitivity", "sensitivity-static", "activation", "min-pivot", "natural", "obq", "nearest"
 ]
@@ -15,17 +18,25 @@ MSE_SHRINK = tuple(1 - step / 100 for step in range(80))
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """An affine integer grid per group of columns.
+    """A grid per group of columns: of integers, or with a codebook of 16 levels.
 
         codes = clamp(round(w / scale) + zero_point, 0, 2**bits - 1)
         w     ~ (codes - zero_point) * scale
+
+        codes = those of the levels nearest to w / scale
+        w     ~ levels[codes] * scale
 
     bits: 2 to 8. group_size: columns that share a scale and a zero point, counted in the original
     column order; -1 is one group per row (per output channel). symmetric: the zero point is the
     middle code, 2**(bits - 1). scale_search: "absmax" spans the whole range of the group, "mse"
     shrinks it to the fraction (1.00, 0.99, ..., 0.21) of least squared rounding error.
     scale_dtype: scales are rounded to it before the first column is quantized, so that a file that
-    stores them so changes nothing: "float16" for GPTQ files.
+    stores them so changes nothing: "float16" for GPTQ files, "power-of-two" for the E8M0 of OCP MX,
+    "uint8" for double quantization as in QLoRA, (m + 1) / 256 of the largest scale of the row, m
+    uint8 and that scale float16; it pays where a row has many groups. See `scales.snapped`.
+    codebook: "int" is the integers. "nf4" is NormalFloat (QLoRA, arXiv 2305.14314), "fp4" E2M1 (OCP
+    MX), its codes as they are stored there: 4 bits and symmetric only, and no zero point, which is
+    0 wherever one is asked for.
     """
 
     bits: int = 4
@@ -33,6 +44,7 @@ class QuantSpec:
     symmetric: bool = False
     scale_search: ScaleSearch = "mse"
     scale_dtype: ScaleDtype = "float32"
+    codebook: CodebookName = "int"
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
@@ -53,11 +65,28 @@ class QuantSpec:
             raise ValueError(
                 f"scale_dtype must be one of {get_args(ScaleDtype)}, got {self.scale_dtype!r}"
             )
+        if self.codebook not in get_args(CodebookName):
+            raise ValueError(
+                f"codebook must be one of {get_args(CodebookName)}, got {self.codebook!r}"
+            )
+        if self.codebook != "int" and self.bits != 4:
+            raise ValueError(
+                f"codebook {self.codebook!r} has 16 levels: bits must be 4, got {self.bits}"
+            )
+        if self.codebook != "int" and not self.symmetric:
+            raise ValueError(
+                f"codebook {self.codebook!r} has no zero point: symmetric must be True, got False"
+            )
 
     @property
     def qmax(self) -> int:
         """The largest code."""
         return 2**self.bits - 1
+
+    @property
+    def levels(self) -> int | Codebook:
+        """What the operations round to: the integers up to the largest code, or a codebook."""
+        return {"nf4": NF4, "fp4": FP4}.get(self.codebook, self.qmax)
 
     @property
     def shrink(self) -> tuple[float, ...]:

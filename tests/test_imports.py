@@ -12,18 +12,23 @@ KERNEL_OUTSIDE = {"torch", "triton"}
 
 # file -> modules of ours that it may import: nothing that knows models, files or devices' names
 MAY_IMPORT = {
-    "spec": set(),
+    "codebook": set(),
+    "spec": {"codebook"},
     "window": set(),
     "tile": set(),
-    "reference": {"packing", "window"},
-    "ops": {"reference", "packing", "window", "kernels"},
+    "reference": {"codebook", "packing", "window"},
+    "ops": {"codebook", "reference", "packing", "window", "kernels"},
     "hessian": {"ops", "window"},
-    "order": {"ops", "spec", "hessian"},
-    "obq": {"ops", "tile"},
-    "result": {"spec"},
+    "order": {"codebook", "ops", "spec", "hessian"},
+    "obq": {"codebook", "ops", "tile"},
+    "result": {"codebook", "reference", "spec"},
+    "scales": {"codebook", "reference", "spec"},
     "packing": set(),
-    "solver": {"spec", "result", "reference", "ops", "tile", "order", "hessian", "obq"},
-}
+    "solver": {
+        "codebook", "hessian", "obq", "ops", "order", "reference", "result", "scales", "spec",
+        "tile",
+    },
+}  # fmt: skip
 
 
 def imports(path: Path) -> tuple[set[str], set[str]]:
