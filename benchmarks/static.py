@@ -67,6 +67,7 @@ from triton.runtime.jit import JITFunction
 
 import sapq_triton.kernels
 from benchmarks.cycles import Code
+from sapq_triton.codebook import NF4, Codebook
 from sapq_triton.kernels import launch
 from sapq_triton.packing import words
 from sapq_triton.spec import MSE_SHRINK
@@ -144,28 +145,31 @@ def grid_of(rows: int, groups: int, *group_shape: int) -> tuple[Tensor, Tensor, 
 # C = 4096 columns, R = 4096 rows, tiles of 128.
 
 
-def quantize_groups(module: ModuleType, symmetric: bool, shrink: tuple[float, ...]) -> None:
-    module.quantize_groups(meta(1, 4096, 4096), 128, 15, symmetric, shrink)
+def quantize_groups(
+    module: ModuleType, symmetric: bool, shrink: tuple[float, ...], qmax: int | Codebook = 15
+) -> None:
+    module.quantize_groups(meta(1, 4096, 4096), 128, qmax, symmetric, shrink)
 
 
-def column_sensitivity(module: ModuleType) -> None:
+def column_sensitivity(module: ModuleType, qmax: int | Codebook = 15) -> None:
     diagonal = meta(1, 4096, 4096).diagonal(dim1=1, dim2=2)
-    module.column_sensitivity(
-        meta(1, 4096, 4096).mT, *grid_of(4096, 32, 1, 4096), diagonal, qmax=15
-    )
+    grid = grid_of(4096, 32, 1, 4096)
+    module.column_sensitivity(meta(1, 4096, 4096).mT, *grid, diagonal, qmax)
 
 
-def solve_columns(module: ModuleType, columns: int, groups: int, precision: str) -> None:
+def solve_columns(
+    module: ModuleType, columns: int, groups: int, precision: str, qmax: int | Codebook = 15
+) -> None:
     weight, feedback = meta(1, columns, 4096).mT, meta(1, columns, columns)
     if columns > TILE:
         feedback = feedback.mT  # as the factor of a whole layer lies in memory
     grid = grid_of(4096, groups, 1, columns)
-    module.solve_columns(weight, weight, feedback, *grid, 15, precision)
+    module.solve_columns(weight, weight, feedback, *grid, qmax, precision)
 
 
-def compensate(module: ModuleType, precision: str) -> None:
+def compensate(module: ModuleType, precision: str, qmax: int | Codebook = 15) -> None:
     weight, error, rows = meta(1, 4096, 4096)[:, 128:].mT, meta(1, 4096, 128), meta(1, 128, 3968)
-    module.compensate(weight, error, rows, *grid_of(4096, 32, 1, 3968), 15, precision)
+    module.compensate(weight, error, rows, *grid_of(4096, 32, 1, 3968), qmax, precision)
 
 
 def downdate(module: ModuleType, precision: str) -> None:
@@ -188,10 +192,10 @@ def accumulate_depthwise(module: ModuleType, dtype: torch.dtype, precision: str)
     module.accumulate_hessian(meta(64, 9, 9), inputs, window, precision)
 
 
-def solve_rows(module: ModuleType, columns: int) -> None:
+def solve_rows(module: ModuleType, columns: int, qmax: int | Codebook = 15) -> None:
     scale, zero_point, group = grid_of(256, 4, 256, columns)
     inverse = meta(256, columns, columns)
-    module.solve_rows(meta(256, columns), inverse, scale[0], zero_point[0], group, 15, steps=32)
+    module.solve_rows(meta(256, columns), inverse, scale[0], zero_point[0], group, qmax, steps=32)
 
 
 def packed_weight(bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,8 +225,12 @@ CASES: dict[str, dict[str, Callable[[ModuleType, str], None]]] = {
         "absmax symmetric": lambda module, _: quantize_groups(module, True, (1.0,)),
         "mse": lambda module, _: quantize_groups(module, False, MSE_SHRINK),
         "mse symmetric": lambda module, _: quantize_groups(module, True, MSE_SHRINK),
+        "mse codebook": lambda module, _: quantize_groups(module, True, MSE_SHRINK, NF4),
     },
-    "column_sensitivity": {"": lambda module, _: column_sensitivity(module)},
+    "column_sensitivity": {
+        "": lambda module, _: column_sensitivity(module),
+        "codebook": lambda module, _: column_sensitivity(module, NF4),
+    },
     "solve_columns": {
         "tile": lambda module, precision: solve_columns(module, TILE, 32, precision),
         "tile one group": lambda module, precision: solve_columns(module, TILE, 1, precision),
@@ -230,9 +238,11 @@ CASES: dict[str, dict[str, Callable[[ModuleType, str], None]]] = {
         "one group": lambda module, precision: solve_columns(module, COLUMNS, 1, precision),
         "groups ieee": lambda module, _: solve_columns(module, COLUMNS, 32, "ieee"),
         "ragged": lambda module, precision: solve_columns(module, COLUMNS + 4, 1, precision),
+        "codebook": lambda module, precision: solve_columns(module, COLUMNS, 32, precision, NF4),
     },
     "compensate": {
         "": compensate,
+        "codebook": lambda module, precision: compensate(module, precision, NF4),
         "ieee": lambda module, _: compensate(module, "ieee"),
     },
     "downdate": {
@@ -252,6 +262,7 @@ CASES: dict[str, dict[str, Callable[[ModuleType, str], None]]] = {
     "solve_rows": {
         "128 columns": lambda module, _: solve_rows(module, 128),
         "2048 columns": lambda module, _: solve_rows(module, 2048),
+        "codebook": lambda module, _: solve_rows(module, 2048, NF4),
     },
     "dequantize_packed": {
         "3 bits": lambda module, _: dequantize_packed(module, 3),

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import parameters
-from .rounding import constants, to_code, to_value
+from .rounding import constants, nearest
 
 
 @triton.jit
@@ -45,8 +45,8 @@ def _column_sensitivity_kernel(
         w = tl.load(w_ptrs, mask=mask, other=0.0)
         scale = tl.load(s_ptrs, mask=mask, other=1.0)
         zero_point = tl.load(z_ptrs, mask=mask, other=0.0)
-        code = to_code(w, scale, zero_point, qmax, CODEBOOK)
-        delta = to_value(code, scale, zero_point, CODEBOOK) - w
+        _, value = nearest(w, scale, zero_point, qmax, CODEBOOK)
+        delta = value - w
         total += delta * delta
     diagonal = tl.load(
         diagonal_ptr + batch * stride_db + cols * stride_df, mask=col_mask, other=1.0

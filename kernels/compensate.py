@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import parameters
-from .rounding import constants, to_code, to_value
+from .rounding import constants, nearest
 
 
 @triton.jit
@@ -58,8 +58,8 @@ def _compensate_kernel(
     z_ptrs = zero_point_ptr + batch * stride_zb + r[None, :] * stride_zr + group * stride_zg
     scale = tl.load(s_ptrs, mask=mask, other=1.0)
     zero_point = tl.load(z_ptrs, mask=mask, other=0.0)
-    code = to_code(w, scale, zero_point, qmax, CODEBOOK)
-    delta = to_value(code, scale, zero_point, CODEBOOK) - w
+    _, value = nearest(w, scale, zero_point, qmax, CODEBOOK)
+    delta = value - w
     cost = tl.sum(tl.where(mask, delta * delta, 0.0), axis=1)
     c_ptrs = cost_ptr + batch * stride_cb + tl.program_id(1).to(tl.int64) * stride_cp
     tl.store(c_ptrs + f * stride_cf, cost, mask=f < F)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import parameters
-from .rounding import constants, round_half_even, to_code, to_value
+from .rounding import constants, nearest, round_half_even
 
 
 @triton.jit
@@ -79,8 +79,8 @@ def _quantize_groups_kernel(
                 w = w.to(tl.float32)
                 s = tl.broadcast_to(trial[:, None], w.shape)
                 z = tl.broadcast_to(zero_point[:, None], w.shape)
-                code = to_code(w, s, z, qmax, CODEBOOK)
-                delta = to_value(code, s, z, CODEBOOK) - w
+                _, value = nearest(w, s, z, qmax, CODEBOOK)
+                delta = value - w
                 error += tl.sum(delta * delta, axis=1)
             better = error < best
             best = tl.where(better, error, best)
@@ -95,7 +95,8 @@ def _quantize_groups_kernel(
         codes = (
             codes_ptr + batch * stride_cb + rows[:, None] * stride_cr + cols[None, :] * stride_cc
         )
-        tl.store(codes, to_code(w, s, z, qmax, CODEBOOK).to(tl.uint8), mask=mask)
+        code, _ = nearest(w, s, z, qmax, CODEBOOK)
+        tl.store(codes, code.to(tl.uint8), mask=mask)
     offsets = batch * stride_sb + rows * stride_sr + group * stride_sg
     tl.store(scale_ptr + offsets, scale, mask=row_mask)
     tl.store(zero_point_ptr + offsets, zero_point, mask=row_mask)

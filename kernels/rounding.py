@@ -29,28 +29,20 @@ def round_half_even(x):
 
 
 @triton.jit
-def to_code(w, scale, zero_point, qmax, CODEBOOK: tl.constexpr):
-    """All arguments float32 of one shape but `qmax`; div_rn because `/` is only approximate."""
+def nearest(w, scale, zero_point, qmax, CODEBOOK: tl.constexpr):
+    """code, value: all float32 of one shape but `qmax`; div_rn because `/` is only approximate."""
     x = tl.div_rn(w, scale)
     if CODEBOOK is None:
         code = tl.minimum(tl.maximum(round_half_even(x) + zero_point, 0.0), qmax)
-    else:
-        ascending: tl.constexpr = CODEBOOK[1]
-        bounds: tl.constexpr = CODEBOOK[2]
-        code = tl.zeros_like(x) + ascending[0]
-        for k in tl.static_range(len(bounds)):
-            code = tl.where(x > bounds[k], ascending[k + 1], code)
-    return code
-
-
-@triton.jit
-def to_value(code, scale, zero_point, CODEBOOK: tl.constexpr):
-    if CODEBOOK is None:
         value = (code - zero_point) * scale
     else:
         levels: tl.constexpr = CODEBOOK[0]
-        level = tl.zeros_like(code) + levels[0]
-        for k in tl.static_range(1, len(levels)):
-            level = tl.where(code == k, levels[k], level)
-        value = level * scale
-    return value
+        ascending: tl.constexpr = CODEBOOK[1]
+        bounds: tl.constexpr = CODEBOOK[2]
+        code = tl.zeros_like(x).to(tl.int32) + ascending[0]
+        level = tl.zeros_like(x) + levels[ascending[0]]
+        for k in tl.static_range(len(bounds)):
+            code = tl.where(x > bounds[k], ascending[k + 1], code)
+            level = tl.where(x > bounds[k], levels[ascending[k + 1]], level)
+        code, value = code.to(tl.float32), level * scale
+    return code, value

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import parameters
-from .rounding import constants, to_code, to_value
+from .rounding import constants, nearest
 
 SUB = 16  # more columns in registers cost more compile time than they save
 
@@ -146,9 +146,8 @@ def _solve_columns_kernel(
                     f_ptr = f_ptrs + j * stride_fj + i * stride_fk
                     f = tl.load(f_ptr, mask=EVEN | (start + i < C), other=0.0)
                     running += errors[j] * f
-                code = to_code(running, scales[i], zero_points[i], qmax, CODEBOOK)
+                code, value = nearest(running, scales[i], zero_points[i], qmax, CODEBOOK)
                 codes = codes + (code,)
-                value = to_value(code, scales[i], zero_points[i], CODEBOOK)
                 errors = errors + (target[i] - value,)
             for i in tl.static_range(SUB):
                 tl.store(exchange_rows + (2 * SUB + i) * BLOCK_R, codes[i])

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from sapq_triton import reference
-from sapq_triton.kernels.rounding import constants, round_half_even, to_code, to_value
+from sapq_triton.kernels.rounding import constants, nearest, round_half_even
 
 
 @triton.jit
@@ -25,9 +25,9 @@ def _grid_kernel(
     w = tl.load(w_ptr + i, mask=i < n, other=0.0)
     scale = tl.load(scale_ptr + i, mask=i < n, other=1.0)
     zero_point = tl.load(zero_point_ptr + i, mask=i < n, other=0.0)
-    code = to_code(w, scale, zero_point, qmax, CODEBOOK)
+    code, value = nearest(w, scale, zero_point, qmax, CODEBOOK)
     tl.store(code_ptr + i, code, mask=i < n)
-    tl.store(value_ptr + i, to_value(code, scale, zero_point, CODEBOOK), mask=i < n)
+    tl.store(value_ptr + i, value, mask=i < n)
 
 
 @pytest.mark.parametrize("low", [-(2**21), -1000, 2**21 - 1000], ids=["negative", "zero", "large"])
