@@ -43,7 +43,7 @@ class LayerReport:
 
     def dequantize(self) -> Tensor:
         """The quantized weight as a batch of matrices, float32 [B, R, C], on the CPU."""
-        return dequantize(self.codes, self.scale, self.zero_point, self.spec)
+        return dequantize(self.codes, self.scale, self.zero_point, self.spec.levels)
 
     @property
     def relative_error(self) -> float:

@@ -70,19 +70,19 @@ class SolveResult:
 
     def dequantize(self) -> Tensor:
         """(codes - zero_point) * scale, or that of the codebook; float32 [..., R, C]"""
-        return dequantize(self.codes, self.scale, self.zero_point, self.spec)
+        return dequantize(self.codes, self.scale, self.zero_point, self.spec.levels)
 
 
 def dequantize(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec | None = None
+    codes: Tensor, scale: Tensor, zero_point: Tensor, levels: int | Codebook | None = None
 ) -> Tensor:
     """codes [..., R, C], scale, zero_point [..., R, G]  ->  (codes - zero_point) * scale
 
-    spec: where it has a codebook, levels[codes] * scale.
+    levels: of the spec; needed where they are a codebook, and these are then levels[codes] * scale.
     """
     grouped = codes.float().unflatten(-1, (scale.shape[-1], -1))  # [..., R, G, C / G]
-    if spec is not None and isinstance(spec.levels, Codebook):
-        grid = scale[..., None], zero_point[..., None], spec.levels
+    if isinstance(levels, Codebook):
+        grid = scale[..., None], zero_point[..., None], levels
         return reference.to_value(grouped, *grid).flatten(-2)
     return grouped.sub_(zero_point[..., None]).mul_(scale[..., None]).flatten(-2)
 

@@ -97,7 +97,7 @@ def solve(
     codes, ranked, used_damp, fallback = _climb(
         solver, w, revived, damp, scale, zero_point, spec.levels
     )
-    quantized = dequantize(codes, scale, zero_point, spec) if measure else None
+    quantized = dequantize(codes, scale, zero_point, spec.levels) if measure else None
     errors = row_errors(w, h, quantized).reshape(weight.shape[:-1]) if measure else None
     energies = row_errors(w, h).reshape(weight.shape[:-1]) if measure else None
 

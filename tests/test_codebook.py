@@ -301,7 +301,8 @@ def test_values_are_levels_times_scales(name: CodebookName) -> None:
     levels = torch.tensor(result.spec.levels.levels)  # type: ignore[union-attr]
     expected = levels[result.codes.long()] * result.scale.repeat_interleave(8, 2)
     assert_same(result.dequantize(), expected)
-    assert_same(dequantize(result.codes, result.scale, result.zero_point, result.spec), expected)
+    parts = result.codes, result.scale, result.zero_point, result.spec.levels
+    assert_same(dequantize(*parts), expected)
     assert not result.zero_point.any()
     again = solve(expected, hessian, result.spec, scale=result.scale, zero_point=result.zero_point)
     assert_same(again.dequantize(), expected)
