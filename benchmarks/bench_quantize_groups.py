@@ -26,7 +26,9 @@ def case(rows: int, columns: int, spec: QuantSpec, device: torch.device) -> Case
     each = spec.columns_per_group(columns)
 
     def call(backend: Backend) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.quantize_groups(weight, each, spec.qmax, spec.symmetric, spec.shrink, backend)
+        return ops.quantize_groups(
+            weight, each, spec.qmax, spec.symmetric, spec.shrink, backend=backend
+        )
 
     def check(backend: Backend) -> None:
         """In float64: the codes are the nearest, and no fraction of the range has a lower error."""

@@ -4,7 +4,7 @@
     asymmetric:  low, high = min(w, 0), max(w, 0)
                  full = (high - low) / qmax              zero_point = round(-low / full)
     codebook:    full = max|w| / half_range              zero_point = 0, symmetric only
-    scale = full * fraction of least sum (Q(w) - w)**2, the first of equals
+    scale = full * fraction of least sum importance (Q(w) - w)**2, the first of equals
     codes = clamp(round(w / scale) + zero_point, 0, qmax)
 
 full = 0 becomes 1. Bit for bit `sapq_triton.reference.quantize_groups`, except that where two
@@ -24,6 +24,7 @@ from .rounding import constants, nearest, round_half_even
 def _quantize_groups_kernel(
     weight_ptr, stride_wb, stride_wr, stride_wc,  # [B, R, C] float
     shrink_ptr,  # [N_SHRINK] float32
+    importance_ptr, stride_ib, stride_ic,  # [B, C] float32
     codes_ptr, stride_cb, stride_cr, stride_cc,  # [B, R, C] uint8
     scale_ptr, zero_point_ptr, stride_sb, stride_sr, stride_sg,  # [B, R, G] float32
     R,
@@ -33,6 +34,7 @@ def _quantize_groups_kernel(
     CODEBOOK: tl.constexpr,
     N_SHRINK: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    WEIGHTED: tl.constexpr,  # by importance; else it counts as 1
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +83,12 @@ def _quantize_groups_kernel(
                 z = tl.broadcast_to(zero_point[:, None], w.shape)
                 _, value = nearest(w, s, z, qmax, CODEBOOK)
                 delta = value - w
-                error += tl.sum(delta * delta, axis=1)
+                cost = delta * delta
+                if WEIGHTED:
+                    i_ptrs = importance_ptr + batch * stride_ib + cols * stride_ic
+                    i = tl.load(i_ptrs, mask=start + lanes < group_size, other=0.0)
+                    cost = cost * i[None, :]
+                error += tl.sum(cost, axis=1)
             better = error < best
             best = tl.where(better, error, best)
             scale = tl.where(better, trial, scale)
@@ -103,9 +110,15 @@ def _quantize_groups_kernel(
 
 
 def quantize_groups(
-    weight: Tensor, group_size: int, qmax, symmetric: bool, shrink: tuple[float, ...]
+    weight: Tensor,
+    group_size: int,
+    qmax,
+    symmetric: bool,
+    shrink: tuple[float, ...],
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """weight [B, R, C]  ->  codes uint8 [B, R, C], scale, zero_point float32 [B, R, G]"""
+    """weight [B, R, C], importance float32 [B, C]  ->  codes uint8 [B, R, C] and float32 scale,
+    zero_point [B, R, G]"""
     B, R, C = weight.shape
     G = C // group_size
     codes = torch.empty((B, R, C), dtype=torch.uint8, device=weight.device)
@@ -118,6 +131,7 @@ def quantize_groups(
         _quantize_groups_kernel[(triton.cdiv(R, BLOCK_R), G, B)](
             weight, *weight.stride(),
             torch.tensor(shrink, dtype=torch.float32, device=weight.device),
+            importance, *((0, 0) if importance is None else importance.stride()),
             codes, *codes.stride(),
             scale, zero_point, *scale.stride(),
             R,
@@ -126,6 +140,7 @@ def quantize_groups(
             *constants(qmax),
             N_SHRINK=len(shrink),
             SYMMETRIC=symmetric,
+            WEIGHTED=importance is not None,
             BLOCK_R=BLOCK_R,
             BLOCK_C=BLOCK_C,
             num_warps=blocks["num_warps"],

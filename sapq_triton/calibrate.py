@@ -37,9 +37,13 @@ class Lockstep:
         self._order = order
         self._actions: dict[Hashable, Action] = {}
 
-    def meet(self, station: Hashable, action: Action) -> None:
-        """Wait here, inside a forward pass, until all are waiting; `action` is done once."""
-        self._actions.setdefault(station, action)
+    def meet(self, station: Hashable, action: Action | None) -> None:
+        """Wait here, inside a forward pass, until all are waiting; `action` is done once.
+
+        None: only wait; where no pass brings an action nothing is done.
+        """
+        if action is not None:
+            self._actions.setdefault(station, action)
         worker = _Worker.current()
         worker.wait_at(station)
 
@@ -50,7 +54,8 @@ class Lockstep:
                 worker.resume()
             while waiting := [worker for worker in self._workers if worker.station is not None]:
                 station = min((worker.station for worker in waiting), key=self._rank)
-                self._actions.pop(station)()
+                if action := self._actions.pop(station, None):
+                    action()
                 for worker in waiting:
                     if worker.station == station:
                         worker.resume()

@@ -14,7 +14,9 @@ from .window import Window
 class HessianSum:
     """Running, unnormalized sums of x and of x x^T per group, divided once at the end.
 
-    Sums of several accumulators over parts of the data may simply be added.
+    drift: also sums x (y - x)^T, where y are the same rows in the full-precision model, and x what
+    they have become in the quantized one. Sums of several accumulators over parts of the data may
+    simply be added.
     """
 
     def __init__(
@@ -23,11 +25,13 @@ class HessianSum:
         columns: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        drift: bool = False,
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"a Hessian is summed in float32 or float64, got {dtype}")
         self.total = torch.zeros(groups, columns, columns, dtype=dtype, device=device)
         self.sums = torch.zeros(groups, columns, dtype=dtype, device=device)
+        self.drifts = torch.zeros_like(self.total) if drift else None
         self.rows = 0
 
     def add(
@@ -42,6 +46,19 @@ class HessianSum:
         together = inputs.sum(0, keepdim=True, dtype=self.total.dtype)  # patches of a sum of images
         self.sums += together if window is None else window.patches(together).sum(2)
 
+    def add_drift(self, inputs: Tensor, original: Tensor, window: Window | None = None) -> None:
+        """inputs: x as given to `add`, original: y, of the same shape."""
+        if self.drifts is None:
+            raise ValueError("this sum was made without drift")
+        if original.shape != inputs.shape:
+            raise ValueError(f"original must be {list(inputs.shape)}, got {list(original.shape)}")
+        if window is None:
+            self.drifts[0].addmm_(inputs.mT.to(self.total), (original - inputs).to(self.total))
+            return
+        for x, y in zip(inputs.split(1), original.split(1), strict=True):  # patches are many
+            change = window.patches((y - x).to(self.total))
+            self.drifts.baddbmm_(window.patches(x.to(self.total)), change.mT)
+
     def mean(self) -> Tensor:
         """The mean row, [groups, C]; all zero where no row was seen."""
         return self.sums / max(self.rows, 1)
@@ -50,6 +67,30 @@ class HessianSum:
         """2/n X^T X, [groups, C, C]; all zero where no row was seen."""
         full = self.total.tril() + self.total.tril(-1).mT
         return full.mul_(2 / max(self.rows, 1))
+
+    def drift(self) -> Tensor | None:
+        """2/n X^T (Y - X), [groups, C, C]; None where it is not summed."""
+        return None if self.drifts is None else self.drifts * (2 / max(self.rows, 1))
+
+
+def drifted(
+    weight: Tensor, hessian: Tensor, drift: Tensor, damp: float, fraction: float = 1.0
+) -> Tensor:
+    """The weight whose outputs on inputs x are closest to those of `weight` on other inputs y.
+
+        argmin_V  2/n sum |V x - W y|^2 + ridge |V - W|^2  =  W + W D^T (H + ridge)^-1
+
+    with ridge = damp mean(diag H): what is left of an error that earlier layers made and this one
+    can undo before it is quantized (asymmetric calibration: GPTAQ, arXiv 2504.02692; Qronos,
+    arXiv 2505.11695). As it comes before any column is quantized, it depends on no block size.
+
+    weight [B, R, C], hessian 2/n X^T X and drift 2/n X^T (Y - X) [B, C, C]; fraction of the step
+    that is taken  ->  [B, R, C]; W itself where H is not positive definite
+    """
+    lower, solved = _cholesky_(damped(hessian, damp))
+    step = torch.cholesky_solve(drift @ weight.mT.to(drift), lower).mT.to(weight)
+    usable = solved[:, None, None] & step.isfinite().all(2, keepdim=True)
+    return torch.where(usable, weight + fraction * step, weight)
 
 
 def revive(hessian: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,14 +112,15 @@ def revive(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return revived, count
 
 
-def damped(hessian: Tensor, damp: float) -> Tensor:
-    """H + damp mean(diag H) I; [B, C, C], a copy"""
+def damped(hessian: Tensor, damp: float | Tensor) -> Tensor:
+    """H + damp mean(diag H) I; [B, C, C], a copy; damp may be a tensor [B]"""
     return _add_ridge(hessian.clone(), hessian, damp)
 
 
-def _add_ridge(out: Tensor, hessian: Tensor, damp: float) -> Tensor:
+def _add_ridge(out: Tensor, hessian: Tensor, damp: float | Tensor) -> Tensor:
     """out + damp mean(diag H) I, in place"""
-    out.diagonal(dim1=1, dim2=2).add_(damp * hessian.diagonal(dim1=1, dim2=2).mean(1, keepdim=True))
+    ridge = damp * hessian.diagonal(dim1=1, dim2=2).mean(1)
+    out.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     return out
 
 

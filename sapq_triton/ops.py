@@ -93,16 +93,19 @@ def quantize_groups(
     qmax: int | Codebook,
     symmetric: bool,
     shrink: tuple[float, ...],
+    importance: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round to nearest on a grid per group; see `reference.quantize_groups`."""
-    columns = _check_weight(weight)[2]
+    batch, _, columns = _check_weight(weight)
     if group_size < 1 or columns % group_size:
         raise ValueError(f"group_size {group_size} does not divide {columns} columns")
     if isinstance(qmax, Codebook) and not symmetric:
         raise ValueError("a codebook has no zero point: symmetric must be True, got False")
+    if importance is not None:
+        _check("importance", importance, (batch, columns), weight)
     implementation = _quantize_groups if uses_triton(weight, backend) else reference
-    return implementation.quantize_groups(weight, group_size, qmax, symmetric, shrink)
+    return implementation.quantize_groups(weight, group_size, qmax, symmetric, shrink, importance)
 
 
 def column_sensitivity(

@@ -6,12 +6,14 @@ batches in lockstep: each layer is solved on the outputs of the already quantize
 BatchNorm and bias is corrected on the way.
 """
 
+import copy
 import inspect
 import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -23,13 +25,16 @@ from torch.utils.hooks import RemovableHandle
 
 from . import layers, packed
 from .calibrate import ChannelMoments, Lockstep
-from .hessian import HessianSum
+from .hessian import HessianSum, drifted
 from .layers import Layer
 from .ops import Backend, Precision, uses_triton
+from .preset import PresetName
+from .preset import preset as preset_named
 from .report import LayerReport, Report
 from .solver import solve
 from .spec import Order, QuantSpec
 from .targets import (
+    Call,
     InputTracker,
     Solution,
     Target,
@@ -38,6 +43,8 @@ from .targets import (
     find_targets,
     split_rows,
 )
+
+OTHER_WAYS = "once quantized, not called as in full precision: drift of some inputs is unknown"
 
 BatchNormRule = Literal["paired", "reestimate", "keep"]
 Forward = Callable[[nn.Module, Any], object]
@@ -51,14 +58,18 @@ def quantize(
     *,
     skip: Iterable[str] = (),
     overrides: Mapping[str, QuantSpec] | None = None,
-    order: Order = "sensitivity",
-    block: int = 128,
-    sweeps: int = 2,
+    preset: PresetName = "best",
+    order: Order | None = None,
+    block: int | None = None,
+    sweeps: int | None = None,
+    candidates: int | None = None,
+    rounds: int | None = None,
     damp: float = 0.01,
     precision: Precision = "tf32x3",
     backend: Backend = "auto",
     batchnorm: BatchNormRule = "paired",
     bias_correction: bool = True,
+    drift_correction: float | None = None,
     hessian_dtype: torch.dtype = torch.float32,
     attention_mask: str | None = "attention_mask",
     forward: Forward | None = None,
@@ -77,7 +88,9 @@ def quantize(
         large batches are better than many small ones.
     spec: the grid; overrides: glob pattern of layer names -> another spec, the last match wins.
     skip: glob patterns of layer names that are left as they are.
-    order, block, sweeps, damp, precision, backend: as in `solve`.
+    preset: what options that are None mean. "best" is for the least loss; "fast" is one
+        factorization and one loop in activation order: GPTQ.
+    order, block, sweeps, candidates, rounds, damp, precision, backend: as in `solve`.
     batchnorm: "paired" changes the statistics of each BatchNorm as much as quantization changed
         its input on the calibration data, so that its output there has the mean and variance that
         it had: with s = sqrt(var_q / var_fp), running_mean = mean_q + s (running_mean - mean_fp)
@@ -85,6 +98,10 @@ def quantize(
     bias_correction: add (W - Q) E[x] to each bias, E[x] the mean input row of the calibration, so
         that rounding a layer does not shift its mean output (arXiv 1906.04721, 4.2); where no
         BatchNorm that is corrected or re-estimated follows.
+    drift_correction: how far, from 0 to 1, a layer aims at the outputs that the full-precision
+        model has, instead of those that its own weight has on the inputs that quantization has
+        changed: see `hessian.drifted`. A copy of the model runs beside it on each batch: twice the
+        memory of weights and activations. Not in order "nearest".
     hessian_dtype: torch.float32 or torch.float64, of the sums and the factorization.
     attention_mask: key of a dict batch; tokens where it is 0 count neither in the Hessians nor in
         the means of layers whose input has its shape. None: every token counts.
@@ -109,10 +126,17 @@ def quantize(
     """
     started = time.perf_counter()
     overrides = dict(overrides or {})
-    options: dict[str, Any] = dict(
-        order=order, block=block, sweeps=sweeps, damp=damp, precision=precision, backend=backend
-    )
-    _check(model, batches, spec, skip, overrides, batchnorm, hessian_dtype, options)
+    chosen = preset_named(preset)
+    given = dict(
+        order=order, block=block, sweeps=sweeps, candidates=candidates, rounds=rounds,
+        drift_correction=drift_correction,
+    )  # fmt: skip
+    options: dict[str, Any] = asdict(chosen) | {k: v for k, v in given.items() if v is not None}
+    drift = options.pop("drift_correction")
+    options |= dict(damp=damp, precision=precision, backend=backend)
+    _check(model, batches, spec, skip, overrides, batchnorm, drift, hessian_dtype, options)
+    if options["order"] == "nearest":
+        drift = 0.0
     batches = list(batches)
     if not batches:
         raise ValueError("batches is empty: calibration needs at least one batch")
@@ -125,8 +149,8 @@ def quantize(
             if reason := packed.obstacle(target.module):
                 target.notes.append(f"not packed: {reason}")
     run = _Run(
-        model, batches, targets, batchnorm, bias_correction, hessian_dtype, attention_mask,
-        forward or _call, options,
+        model, batches, targets, batchnorm, bias_correction, drift, hessian_dtype,
+        attention_mask, forward or _call, options,
     )  # fmt: skip
     with _undisturbed(model), _restored_on_error(model), _bar(len(targets), progress) as advance:
         run.observe()
@@ -146,6 +170,7 @@ def _check(
     skip: object,
     overrides: Mapping[str, object],
     batchnorm: object,
+    drift: object,
     hessian_dtype: torch.dtype,
     options: dict[str, Any],
 ) -> None:
@@ -162,6 +187,8 @@ def _check(
             raise ValueError(f"{name} must be a QuantSpec, got {value!r}")
     if batchnorm not in get_args(BatchNormRule):
         raise ValueError(f"batchnorm must be one of {get_args(BatchNormRule)}, got {batchnorm!r}")
+    if isinstance(drift, bool) or not isinstance(drift, int | float) or not 0 <= drift <= 1:
+        raise ValueError(f"drift_correction must be a number from 0 to 1, got {drift!r}")
     lazy = [name for name, tensor in _tensors(model) if nn.parameter.is_lazy(tensor)]
     if lazy:
         raise ValueError(f"{', '.join(lazy)} not initialized yet; run the model once before")
@@ -186,6 +213,7 @@ class _Run:
         targets: dict[str, Target],
         batchnorm: BatchNormRule,
         bias_correction: bool,
+        drift_correction: float,
         hessian_dtype: torch.dtype,
         mask_key: str | None,
         forward: Forward,
@@ -193,6 +221,7 @@ class _Run:
     ) -> None:
         self.model, self.batches, self.targets = model, batches, targets
         self.batchnorm, self.bias_correction = batchnorm, bias_correction
+        self.drift_correction = drift_correction
         self.hessian_dtype, self.mask_key = hessian_dtype, mask_key
         self.forward, self.options = forward, options
         self.device = next(model.parameters()).device
@@ -214,6 +243,7 @@ class _Run:
         self._latest: tuple[str, VersionedRef | None] = ("", None)
         # of the batch that this thread runs: its mask, and what each layer got, by name
         self._pass = threading.local()
+        self._original: dict[tuple[int, str], Tensor] = {}  # full-precision inputs, by batch, layer
 
     def observe(self) -> None:
         """First pass, of the untouched model: order of execution, repeats, shared inputs, means."""
@@ -285,7 +315,7 @@ class _Run:
                 target.repeated = True
                 hooks += [
                     self.modules[twin].register_forward_pre_hook(
-                        partial(self._add_call, target), with_kwargs=True
+                        partial(self._add_call, target, twin), with_kwargs=True
                     )
                     for twin in target.twins
                 ]
@@ -296,9 +326,23 @@ class _Run:
 
     def solve_all(self, advance: Callable[[], None]) -> None:
         """Second pass, in lockstep: solve a layer, correct what follows, go on."""
-        passes = [partial(self._run_batch, batch) for batch in self.batches]
+        original = _copied(self.model) if self.drift_correction else None
+        passes = []
+        for number, batch in enumerate(self.batches):
+            if original is not None:
+                passes.append(partial(self._run_batch, batch, number, original))
+            passes.append(partial(self._run_batch, batch, number))
         lockstep = Lockstep(passes, {s: rank for rank, s in enumerate(self.sequence)})
         hooks = []
+        if original is not None:
+            hooks += [
+                original.get_submodule(name).register_forward_pre_hook(
+                    partial(self._meet_original, lockstep, name), with_kwargs=True
+                )
+                for target in self.targets.values()
+                if not target.repeated
+                for name in target.twins
+            ]
         for target in self.targets.values():
             for twin in target.twins:
                 hooks.append(
@@ -348,34 +392,53 @@ class _Run:
     ) -> None:
         if target.solved:
             return
-        inputs = layers.called_with(name, args, kwargs)
+        call = self._call(name, args, kwargs)
         if target.leader is not None:
-            self._share_inputs(target, target.leader, inputs)
+            self._share_inputs(target, target.leader, call)
         elif not target.repeated:
-            self._add_rows(target, inputs, self._pass.mask)
-            self._pass.inputs[name] = VersionedRef(inputs)
+            self._add_rows(target, call)
+            self._pass.inputs[name] = VersionedRef(call.inputs)
         lockstep.meet(("solve", name), partial(self._solve, target, advance))
 
-    def _share_inputs(self, target: Target, leader: Target, inputs: Tensor) -> None:
+    def _meet_original(
+        self, lockstep: Lockstep, name: str, module: Layer, args: Any, kwargs: Any
+    ) -> None:
+        """The full-precision model waits with its input: the quantized one comes after it."""
+        key = self._pass.number, name
+        self._original[key] = layers.called_with(name, args, kwargs)
+        lockstep.meet(("solve", name), None)
+        del self._original[key]
+
+    def _share_inputs(self, target: Target, leader: Target, call: Call) -> None:
         """The rows are in the leader's Hessian, unless quantization changed the model's ways."""
-        target.calls.append((inputs, self._pass.mask))
+        target.calls.append(call)
         met = self._pass.inputs.get(leader.name)
-        if met is None or not met.matches(inputs):
+        if met is None or not met.matches(call.inputs):
             target.leader, target.solution = None, None
             target.notes.append(f"once quantized, not on the inputs of {leader.name}: solved alone")
-            for call in target.calls:  # of other batches, which wait, and of this one
-                self._add_rows(target, *call)
+            for each in target.calls:  # of other batches, which wait, and of this one
+                self._add_rows(target, each)
 
-    def _add_call(self, target: Target, module: Layer, args: Any, kwargs: Any) -> None:
-        self._add_rows(target, layers.called_with(target.name, args, kwargs), self._pass.mask)
+    def _call(self, name: str, args: Any, kwargs: Any) -> Call:
+        original = self._original.get((self._pass.number, name))
+        return Call(layers.called_with(name, args, kwargs), self._pass.mask, original)
 
-    def _add_rows(self, target: Target, inputs: Tensor, mask: Tensor | None) -> None:
+    def _add_call(self, target: Target, name: str, module: Layer, args: Any, kwargs: Any) -> None:
+        self._add_rows(target, self._call(name, args, kwargs))
+
+    def _add_rows(self, target: Target, call: Call) -> None:
         started = time.perf_counter()
-        rows, window = layers.input_rows(target.module, inputs.detach(), mask)
+        rows, window = layers.input_rows(target.module, call.inputs.detach(), call.mask)
         if not rows.isfinite().all():  # of the rows that count: padding tokens may hold anything
             raise ValueError(f"the input of {target.name!r} holds NaN or Inf during calibration")
-        total = target.hessian_sum(rows.device, self.hessian_dtype)
+        total = target.hessian_sum(rows.device, self.hessian_dtype, bool(self.drift_correction))
         total.add(rows, window, self.options["precision"], self.options["backend"])
+        if total.drifts is not None and not target.repeated:
+            if call.original is not None and call.original.shape == call.inputs.shape:
+                before, _ = layers.input_rows(target.module, call.original, call.mask)
+                total.add_drift(rows, before, window)
+            elif OTHER_WAYS not in target.notes:
+                target.notes.append(OTHER_WAYS)
         target.seconds_hessian += time.perf_counter() - started
 
     def _solve(self, target: Target, advance: Callable[[], None]) -> None:
@@ -392,7 +455,7 @@ class _Run:
         result, report = solution.result, solution.result.report
         quantized = result.dequantize()
         if solution.rows:
-            lost = layers.weight_matrix(target.module).float() - quantized
+            lost = solution.weight.float() - quantized
             self._correct_biases(target, lost, solution.mean)
         layers.store_weight(target.module, quantized)
         if solution.others:
@@ -425,15 +488,19 @@ class _Run:
         """One solve on the Hessian of the first layer; each one finds its part in `solution`."""
         started = time.perf_counter()
         leader, names = targets[0], [target.name for target in targets]
-        total = leader.hessian_sum(leader.module.weight.device, self.hessian_dtype)
+        total = leader.hessian_sum(leader.module.weight.device, self.hessian_dtype, False)
         weights = [layers.weight_matrix(target.module) for target in targets]
         rows = [weight.shape[1] for weight in weights]
-        result = solve(torch.cat(weights, 1), total.hessian(), leader.spec, **self.options)
+        weight, hessian, drift = torch.cat(weights, 1).float(), total.hessian(), total.drift()
+        if drift is not None:
+            weight = drifted(weight, hessian, drift, self.options["damp"], self.drift_correction)
+        result = solve(weight, hessian, leader.spec, **self.options)
         seconds = (time.perf_counter() - started) / sum(rows)
-        for target, part in zip(targets, split_rows(result, rows), strict=True):
+        parts = zip(targets, split_rows(result, rows), weight.split(rows, 1), strict=True)
+        for target, part, aim in parts:
             others = tuple(names[1:] if target is leader else names[:1])
             each = seconds * part.codes.shape[1]
-            target.solution = Solution(part, total.mean(), total.rows, each, others)
+            target.solution = Solution(part, aim, total.mean(), total.rows, each, others)
         leader.total = None
 
     def _correct_biases(self, target: Target, lost: Tensor, mean: Tensor) -> None:
@@ -513,12 +580,22 @@ class _Run:
             for twin in twins:
                 packed.to_packed(twin, spec, tensors)
 
-    def _run_batch(self, batch: Any) -> None:
+    def _run_batch(self, batch: Any, number: int = 0, model: nn.Module | None = None) -> None:
         batch = _to_device(batch, self.device)
         mask = batch.get(self.mask_key) if isinstance(batch, Mapping) and self.mask_key else None
-        self._pass.inputs = {}
+        self._pass.inputs, self._pass.number = {}, number
         self._pass.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        self.forward(self.model, batch)
+        self.forward(model or self.model, batch)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"drift_correction runs a copy of the model, which cannot be made ({error}); "
+            "pass drift_correction=0"
+        ) from error
 
 
 def _call(model: nn.Module, batch: Any) -> object:

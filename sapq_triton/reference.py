@@ -61,35 +61,46 @@ def quantize_groups(
     qmax: int | Codebook,
     symmetric: bool,
     shrink: tuple[float, ...],
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round each group to its own grid; the range is shrunk to the fraction of least squared error.
+
+        sum_c importance_c (Q(w_c) - w_c)**2, importance 1 where none is given
 
         symmetric:   scale = max|w| / (qmax / 2)           zero_point = (qmax + 1) / 2
         asymmetric:  low, high = min(w, 0), max(w, 0)
                      scale = (high - low) / qmax           zero_point = round(-low / scale)
         codebook:    scale = max|w| / max|level|           zero_point = 0, symmetric only
 
-    weight [B, R, C]  ->  codes uint8 [B, R, C], scale, zero_point [B, R, C / group_size].
-    A group whose scale is zero (all weights zero) gets scale 1.
+    weight [B, R, C], importance [B, C]  ->  codes uint8 [B, R, C], scale, zero_point
+    [B, R, C / group_size]. A group whose scale is zero (all weights zero) gets scale 1.
     """
     B, R, C = weight.shape
     G = C // group_size
     groups = weight.reshape(B * R * G, group_size)
     codes = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
     scale, zero_point = groups.new_empty(2, len(groups))
+    costs = None
+    if importance is not None:
+        costs = importance.view(B, 1, C).expand(B, R, C).reshape(B * R * G, group_size)
     step = max(1, 2**18 // group_size)  # as many groups as stay in cache during the search
     for start in range(0, len(groups), step):
         part = slice(start, start + step)
         w = groups[part].T.contiguous()  # groups innermost: their grids then need no broadcast
-        scale[part], zero_point[part] = _search_grid(w, qmax, symmetric, shrink)
+        cost = None if costs is None else costs[part].T.contiguous()
+        scale[part], zero_point[part] = _search_grid(w, qmax, symmetric, shrink, cost)
         codes[part] = to_code(w, scale[part], zero_point[part], qmax).T
     return codes.view(B, R, C), scale.view(B, R, G), zero_point.view(B, R, G)
 
 
 def _search_grid(
-    w: Tensor, qmax: int | Codebook, symmetric: bool, shrink: tuple[float, ...]
+    w: Tensor,
+    qmax: int | Codebook,
+    symmetric: bool,
+    shrink: tuple[float, ...],
+    cost: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """w [group_size, N]  ->  scale, zero_point [N]"""
+    """w, cost [group_size, N]  ->  scale, zero_point [N]"""
     if isinstance(qmax, Codebook):
         half_range, middle, top = qmax.half_range, 0, 0
     else:
@@ -113,7 +124,8 @@ def _search_grid(
             value = _look_up(qmax.levels, to_code(w, trial, zero_point, qmax))
         else:
             torch.div(w, trial, out=value).round_().clamp_(low, high)
-        error = torch.addcmul(w, value, trial, value=-1, out=value).square_().sum(0)
+        torch.addcmul(w, value, trial, value=-1, out=value).square_()
+        error = (value if cost is None else value.mul_(cost)).sum(0)
         better = error < best
         best = torch.where(better, error, best)
         scale = torch.where(better, trial, scale)

@@ -18,17 +18,17 @@ from .codebook import Codebook
 from .spec import QuantSpec
 
 
-def snapped(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """Scales of `spec.scale_dtype`, as float32: weight [B, R, C], scale, zero_point [B, R, G]
+def snapped(scale: Tensor, weight: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Scales of `spec.scale_dtype`, as float32: scale, zero_point [B, R, G], weight [B, R, C]
 
     ValueError for scales beyond the largest number of that format.
     """
     if spec.scale_dtype == "float32":
         return scale
     if spec.scale_dtype == "power-of-two":
-        return _power_of_two(weight, scale, zero_point, spec.levels)
+        return _power_of_two(scale, weight, zero_point, spec.levels)
     if spec.scale_dtype == "uint8":
-        return _double_quantized(weight, scale)
+        return _double_quantized(scale, weight)
     return _nearest(scale, getattr(torch, spec.scale_dtype))
 
 
@@ -42,7 +42,7 @@ def _nearest(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scale.to(dtype).clamp_(min=limits.smallest_normal * limits.eps).float()
 
 
-def _double_quantized(weight: Tensor, scale: Tensor) -> Tensor:
+def _double_quantized(scale: Tensor, weight: Tensor) -> Tensor:
     # the scale of a group of zeros means nothing, and must not be the largest one
     means = (weight != 0).unflatten(2, (scale.shape[2], -1)).any(3)
     largest = scale.where(means, 0).amax(2, keepdim=True)
@@ -52,7 +52,7 @@ def _double_quantized(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _power_of_two(
-    weight: Tensor, scale: Tensor, zero_point: Tensor, qmax: int | Codebook
+    scale: Tensor, weight: Tensor, zero_point: Tensor, qmax: int | Codebook
 ) -> Tensor:
     limits = torch.finfo(torch.float32)
     # without its mantissa a number is the power of two below it

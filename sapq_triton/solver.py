@@ -23,10 +23,11 @@ from torch import Tensor
 
 from . import ops, reference
 from .codebook import Codebook
-from .hessian import feedback_factor, inverse, permuted, revive
+from .hessian import damped, feedback_factor, inverse, permuted, revive
 from .obq import solve_obq
 from .ops import Backend, Precision
 from .order import static_order
+from .refine import refine
 from .result import SolveReport, SolveResult, dequantize, row_errors
 from .scales import snapped
 from .spec import Order, QuantSpec
@@ -35,6 +36,8 @@ from .tile import bring_both_forward, bring_forward, to_front
 # factors of the damping, tried one after another while the Hessian is not positive definite
 DAMP_LADDER = (10.0, 100.0, 1000.0, 10000.0)
 SMALLEST_RETRY = 1e-4  # what a retry multiplies where `damp` is smaller
+MAX_CANDIDATES = 12
+STRETCH = 0.06  # between two candidates for a scale: 1, 0.94, 1.06, 0.88, ... of the searched one
 
 
 def solve(
@@ -45,6 +48,8 @@ def solve(
     order: Order = "sensitivity",
     block: int = 128,
     sweeps: int = 2,
+    candidates: int = 1,
+    rounds: int = 0,
     damp: float = 0.01,
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
@@ -67,6 +72,13 @@ def solve(
         "obq"; the other orders do not depend on it.
     sweeps: passes of coordinate descent over each tile before the rest takes up its error; only in
         order "sensitivity".
+    candidates: grids that are solved for each row, which keeps the one of least error: that of
+        `spec`, then that of the search "hessian", then this one stretched by .94, 1.06, .88, 1.12,
+        and so on up to MAX_CANDIDATES. Not for scale_search "absmax", which is no search, a given
+        grid, and order "nearest".
+    rounds: of refinement after the loop, over whole rows: a least-squares refit of the scales (not
+        of a given grid) to the codes, and a sweep of coordinate descent over all columns; each row
+        keeps the best codes and scales that it had. Not in order "nearest".
     damp: added to the diagonal, as a fraction of its mean over live columns. Where the Hessian is
         not positive definite it is raised tenfold, up to four times; at the end of that ladder the
         weight is rounded to nearest. Either is in the report.
@@ -82,7 +94,15 @@ def solve(
     Columns whose inputs were always zero (H_cc = 0) are rounded to nearest. The same inputs on the
     same device give the same codes. ValueError for wrong shapes, dtypes, devices, or values.
     """
-    _check(weight, hessian, spec, order, block, sweeps, damp)
+    _check(weight, hessian, spec, order, damp)
+    for name, value, least in (
+        ("block", block, 1), ("sweeps", sweeps, 0), ("candidates", candidates, 1),
+        ("rounds", rounds, 0),
+    ):  # fmt: skip
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if candidates > MAX_CANDIDATES:
+        raise ValueError(f"candidates must be at most {MAX_CANDIDATES}, got {candidates}")
     ops.uses_triton(weight, backend)  # refuses a backend, or a precision, before any work is done
     ops.dot_precision(precision)
     batch, columns = weight.shape[:-2], weight.shape[-1]
@@ -90,13 +110,38 @@ def solve(
     h = (h if h.dtype == torch.float64 else h.float()).reshape(-1, columns, columns)
     # problems that share a Hessian are one problem with more rows
     w = weight.detach().float().reshape(len(h), -1, columns)
-    scale, zero_point = _grid(w, spec, scale, zero_point, backend)
-
     revived, dead = revive(h)
+    given = scale is not None
+    if scale is None:
+        if zero_point is not None:
+            raise ValueError("zero_point was given without a scale")
+        if spec.scale_search == "absmax" or order == "nearest":
+            candidates = 1
+        scale, zero_point = _search(w, revived, spec, order, candidates, damp, backend)
+    else:
+        candidates = 1
+        scale, zero_point = _given(w, spec, scale, zero_point)
+
     solver = _solver(order, block, sweeps, precision, backend)
+    # the candidates of a row are rows of one problem: they share its factors and its order
     codes, ranked, used_damp, fallback = _climb(
-        solver, w, revived, damp, scale, zero_point, spec.levels
+        solver, w.repeat(1, candidates, 1), revived, damp, scale, zero_point, spec.levels
     )
+    if order != "nearest" and candidates + rounds > 1:
+        objective = damped(revived, used_damp).float()
+        codes, scale, zero_point = _least(
+            w, objective, codes, scale, zero_point, spec.levels, fallback
+        )
+        snap = partial(snapped, weight=w, zero_point=zero_point, spec=spec)
+        refined = refine(
+            w, objective, codes, scale, zero_point, ranked, spec.levels,
+            rounds=rounds, snap=None if given else snap,
+            precision=precision, backend=backend,
+        )  # fmt: skip
+        codes, scale = (
+            torch.where(fallback[:, None, None], old, new)
+            for old, new in zip((codes, scale), refined, strict=True)
+        )
     quantized = dequantize(codes, scale, zero_point, spec.levels) if measure else None
     errors = row_errors(w, h, quantized).reshape(weight.shape[:-1]) if measure else None
     energies = row_errors(w, h).reshape(weight.shape[:-1]) if measure else None
@@ -128,8 +173,6 @@ def _check(
     hessian: Tensor,
     spec: QuantSpec,
     order: Order,
-    block: int,
-    sweeps: int,
     damp: float,
 ) -> None:
     if weight.ndim not in (2, 3) or weight.numel() == 0:
@@ -161,10 +204,6 @@ def _check(
         raise ValueError(f"hessian must be symmetric, but H - H^T reaches {skew.item():.3g}")
     if order not in get_args(Order):
         raise ValueError(f"order must be one of {get_args(Order)}, got {order!r}")
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise ValueError(f"block must be an integer of at least 1, got {block!r}")
-    if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 0:
-        raise ValueError(f"sweeps must be an integer, not negative, got {sweeps!r}")
     if isinstance(damp, bool) or not isinstance(damp, int | float) or not 0 <= damp < float("inf"):
         raise ValueError(f"damp must be a finite number, not negative, got {damp!r}")
     spec.columns_per_group(columns)
@@ -188,26 +227,61 @@ def _finite(matrix: Tensor) -> Tensor:
     return low.isfinite() & high.isfinite()
 
 
-def _grid(
+def _search(
     weight: Tensor,
+    hessian: Tensor,
     spec: QuantSpec,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
+    order: Order,
+    candidates: int,
+    damp: float,
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
-    """The grid to round to: found here, or given and checked. [B, R, G] float32 each"""
+    """The grids to try: weight [B, R, C]  ->  scale, zero_point [B, candidates R, G]"""
+    importance = None
+    if candidates > 1 or spec.scale_search == "hessian":
+        importance = _importance(hessian, order, damp)
+
+    def search(importance: Tensor | None) -> tuple[Tensor, Tensor]:
+        group_size = spec.columns_per_group(weight.shape[2])
+        grid = group_size, spec.levels, spec.symmetric, spec.shrink
+        _, scale, zero_point = ops.quantize_groups(weight, *grid, importance, backend)
+        if not scale.isfinite().all():
+            raise ValueError("weight spans more than float32 can hold; scale it down")
+        return scale, zero_point
+
+    grids = [search(importance if spec.scale_search == "hessian" else None)]
+    if candidates > 1:
+        scale, zero_point = grids[0] if spec.scale_search == "hessian" else search(importance)
+        first = 1 if spec.scale_search == "hessian" else 0
+        for step in range(first, candidates - 1 + first):
+            away = STRETCH * ((step + 1) // 2)
+            grids.append((scale * (1 + away if step % 2 == 0 else 1 - away), zero_point))
+    scales, zero_points = zip(*grids, strict=True)
+    scale, zero_point = torch.cat(scales, 1), torch.cat(zero_points, 1)
+    return snapped(scale, weight.repeat(1, candidates, 1), zero_point, spec), zero_point
+
+
+def _importance(hessian: Tensor, order: Order, damp: float) -> Tensor:
+    """What a unit of squared error in a column costs: 1 / A_cc, float32 [B, C]
+
+    H_cc where nothing compensates it, or where H is not positive definite.
+    """
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    if order != "nearest":
+        a, solved = inverse(hessian, damp)
+        compensated = 1 / a.diagonal(dim1=1, dim2=2)
+        usable = solved & (compensated > 0).all(1) & compensated.isfinite().all(1)
+        diagonal = torch.where(usable[:, None], compensated, diagonal)
+    return (diagonal / diagonal.amax(1, keepdim=True)).float()
+
+
+def _given(
+    weight: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The grid to round to, checked. [B, R, G] float32 each"""
     B, R, C = weight.shape
     group_size = spec.columns_per_group(C)
     middle, top = ((spec.qmax + 1) // 2, spec.qmax) if spec.codebook == "int" else (0, 0)
-    if scale is None:
-        if zero_point is not None:
-            raise ValueError("zero_point was given without a scale")
-        _, scale, zero_point = ops.quantize_groups(
-            weight, group_size, spec.levels, spec.symmetric, spec.shrink, backend
-        )
-        if not scale.isfinite().all():
-            raise ValueError("weight spans more than float32 can hold; scale it down")
-        return snapped(weight, scale, zero_point, spec), zero_point
     if zero_point is None:
         if not spec.symmetric:
             raise ValueError("an asymmetric spec with an external scale needs a zero_point")
@@ -230,6 +304,34 @@ def _grid(
             f"zero_point must hold integers from 0 to {top}, got {zero_point[bad][0].item()}"
         )
     return scale, zero_point
+
+
+def _least(
+    weight: Tensor,
+    hessian: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    levels: int | Codebook,
+    fallback: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the candidates of each row the one of least error, the first of equals.
+
+    weight [B, R, C], hessian [B, C, C], codes and grids [B, candidates R, ...], fallback bool [B]
+    """
+    B, R, _ = weight.shape
+    stacked = [t.unflatten(1, (-1, R)) for t in (codes, scale, zero_point)]
+    errors = [
+        row_errors(weight, hessian, dequantize(c, s, z, levels))
+        for c, s, z in zip(*(t.unbind(1) for t in stacked), strict=True)
+    ]
+    best = torch.stack(errors, 1).argmin(1).masked_fill(fallback[:, None], 0)
+    picked = (
+        t.take_along_dim(best[:, None, :, None].expand(B, 1, R, t.shape[3]), 1)[:, 0]
+        for t in stacked
+    )
+    codes, scale, zero_point = picked
+    return codes, scale, zero_point
 
 
 # weight [B, R, C], hessian [B, C, C], damp, scale, zero_point [B, R, G], qmax

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from .codebook import FP4, NF4, Codebook
 
-ScaleSearch = Literal["absmax", "mse"]
+ScaleSearch = Literal["absmax", "mse", "hessian"]
 ScaleDtype = Literal["float32", "float16", "bfloat16", "power-of-two", "uint8"]
 CodebookName = Literal["int", "nf4", "fp4"]
 Order = Literal[
@@ -29,7 +29,9 @@ class QuantSpec:
     bits: 2 to 8. group_size: columns that share a scale and a zero point, counted in the original
     column order; -1 is one group per row (per output channel). symmetric: the zero point is the
     middle code, 2**(bits - 1). scale_search: "absmax" spans the whole range of the group, "mse"
-    shrinks it to the fraction (1.00, 0.99, ..., 0.21) of least squared rounding error.
+    shrinks it to the fraction (1.00, 0.99, ..., 0.21) of least squared rounding error, "hessian" to
+    that of least rounding error weighted by what it costs after compensation, sum e_c^2 / A_cc with
+    A the inverse Hessian; it needs one.
     scale_dtype: scales are rounded to it before the first column is quantized, so that a file that
     stores them so changes nothing: "float16" for GPTQ files, "power-of-two" for the E8M0 of OCP MX,
     "uint8" for double quantization as in QLoRA, (m + 1) / 256 of the largest scale of the row, m
@@ -91,7 +93,7 @@ class QuantSpec:
     @property
     def shrink(self) -> tuple[float, ...]:
         """Fractions of the full range that the scale search tries, in the order it tries them."""
-        return MSE_SHRINK if self.scale_search == "mse" else (1.0,)
+        return (1.0,) if self.scale_search == "absmax" else MSE_SHRINK
 
     def columns_per_group(self, columns: int) -> int:
         """The group size for a weight of `columns` columns, or ValueError if it does not divide."""

@@ -5,7 +5,7 @@ import itertools
 import weakref
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,12 @@ class Solution:
     """Of one layer, which may have been solved together with others.
 
     others: names of a leader's companions, or of a companion's leader alone: many may share one.
-    mean: the mean input row, [B, C]. rows: calibration rows. seconds: its part of the solve.
+    weight: what was quantized, [B, R, C]. mean: the mean input row, [B, C]. rows: calibration rows.
+    seconds: its part of the solve.
     """
 
     result: SolveResult
+    weight: Tensor
     mean: Tensor
     rows: int
     seconds: float
@@ -55,6 +57,14 @@ def split_rows(result: SolveResult, rows: list[int]) -> list[SolveResult]:
     ]
 
 
+class Call(NamedTuple):
+    """Of one layer in one batch. original: its input in the full-precision model, if known."""
+
+    inputs: Tensor
+    mask: Tensor | None
+    original: Tensor | None
+
+
 @dataclass(eq=False)
 class Target:
     """A layer to be quantized, and what the run has found out about it."""
@@ -67,17 +77,17 @@ class Target:
     notes: list[str] = field(default_factory=list)
     repeated: bool = False  # runs more than once in a forward pass
     leader: "Target | None" = None  # the first layer that gets the same inputs as this one
-    calls: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)  # inputs, masks
+    calls: list[Call] = field(default_factory=list)
     total: HessianSum | None = None
     solution: Solution | None = None
     solved: bool = False
     seconds_hessian: float = 0.0
 
-    def hessian_sum(self, device: torch.device, dtype: torch.dtype) -> HessianSum:
+    def hessian_sum(self, device: torch.device, dtype: torch.dtype, drift: bool) -> HessianSum:
         """The running sum, made at the first call."""
         if self.total is None:
             groups, _, columns = layers.weight_matrix(self.module).shape
-            self.total = HessianSum(groups, columns, device, dtype)
+            self.total = HessianSum(groups, columns, device, dtype, drift)
         return self.total
 
 

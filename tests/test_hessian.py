@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from sapq_triton.hessian import HessianSum, damped, feedback_factor, inverse, permuted, revive
+from sapq_triton.hessian import (
+    HessianSum,
+    damped,
+    drifted,
+    feedback_factor,
+    inverse,
+    permuted,
+    revive,
+)
 from sapq_triton.order import min_pivot_order
 from sapq_triton.window import Window
 
@@ -219,3 +227,78 @@ def test_min_pivot_order_is_a_permutation_even_if_singular() -> None:
     h = torch.stack([x.T @ x, torch.ones(10, 10), torch.zeros(10, 10)])
     for order in min_pivot_order(h):
         assert sorted(order.tolist()) == list(range(10))
+
+
+# --- drift ----------------------------------------------------------------------------------------
+
+
+def drifting(rows: int = 200, columns: int = 10) -> tuple[Tensor, Tensor]:
+    """Inputs of a layer, and what they were in the full-precision model."""
+    original = torch.randn(rows, columns, dtype=torch.float64)
+    return original + 0.3 * torch.randn(rows, columns).double() + 0.1, original
+
+
+def test_drift_sums_what_is_between_the_models() -> None:
+    inputs, original = drifting()
+    total = HessianSum(1, 10, dtype=torch.float64, drift=True)
+    for x, y in zip(inputs.split(70), original.split(70), strict=True):
+        total.add(x)
+        total.add_drift(x, y)
+    expected = 2 / 200 * inputs.T @ (original - inputs)
+    drift = total.drift()
+    assert drift is not None and not torch.equal(drift[0], drift[0].T)
+    torch.testing.assert_close(drift[0], expected)
+    assert HessianSum(1, 10).drift() is None
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_drift_of_images_is_that_of_their_patches(groups: int) -> None:
+    window = Window((1, 3, 2), (1, 2, 1), (1, 1, 2), groups)
+    x, y = torch.randn(2, 4, 6, 1, 9, 8, dtype=torch.float64)
+    total = HessianSum(groups, 6 // groups * 6, dtype=torch.float64, drift=True)
+    total.add(x, window)
+    total.add_drift(x, y, window)
+    before, change = window.patches(x), window.patches(y - x)
+    drift = total.drift()
+    assert drift is not None
+    torch.testing.assert_close(drift, 2 / total.rows * before @ change.mT)
+
+
+def test_drifted_weight_is_the_ridge_regression_on_the_original_outputs() -> None:
+    inputs, original = drifting()
+    weight = torch.randn(1, 4, 10, dtype=torch.float64)
+    hessian, drift = (2 / 200 * inputs.T @ t for t in (inputs, original - inputs))
+    damp = 0.05
+    ridge = (damp * hessian.diagonal().mean()).sqrt()
+    # the ridge as rows of data that ask for the old weight
+    design = torch.cat([inputs * (2 / 200) ** 0.5, ridge * torch.eye(10).double()])
+    wanted = torch.cat([original @ weight[0].T * (2 / 200) ** 0.5, ridge * weight[0].T])
+    expected = torch.linalg.lstsq(design, wanted).solution.T
+    found = drifted(weight, hessian[None], drift[None], damp)
+    torch.testing.assert_close(found[0], expected)
+    before, after = (
+        (inputs @ w[0].T - original @ weight[0].T).square().sum() for w in (weight, found)
+    )
+    assert after < 0.9 * before
+    half = drifted(weight, hessian[None], drift[None], damp, 0.5)
+    torch.testing.assert_close(half, (weight + found) / 2)
+
+
+def test_no_drift_leaves_the_weight() -> None:
+    weight, hessian = torch.randn(2, 3, 5), spd(2, 5, torch.float32)
+    assert torch.equal(drifted(weight, hessian, torch.zeros(2, 5, 5), 0.01), weight)
+
+
+def test_drifted_where_the_hessian_cannot_be_solved() -> None:
+    bad = torch.tensor([[1.0, 9.0], [9.0, 1.0]])
+    hessian = torch.stack([bad, torch.eye(2)])
+    weight, drift = torch.randn(2, 3, 2), torch.randn(2, 2, 2)
+    found = drifted(weight, hessian, drift, 0.01)
+    assert torch.equal(found[0], weight[0]) and not torch.equal(found[1], weight[1])
+
+
+def test_drift_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="made without drift"):
+        HessianSum(1, 3).add_drift(torch.ones(2, 3), torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"must be \[2, 3\], got \[1, 3\]"):
+        HessianSum(1, 3, drift=True).add_drift(torch.ones(2, 3), torch.ones(1, 3))

@@ -24,9 +24,11 @@ MAY_IMPORT = {
     "result": {"codebook", "reference", "spec"},
     "scales": {"codebook", "reference", "spec"},
     "packing": set(),
+    "preset": {"spec"},
+    "refine": {"codebook", "hessian", "ops", "result"},
     "solver": {
-        "codebook", "hessian", "obq", "ops", "order", "reference", "result", "scales", "spec",
-        "tile",
+        "codebook", "hessian", "obq", "ops", "order", "reference", "refine", "result",
+        "scales", "spec", "tile",
     },
 }  # fmt: skip
 

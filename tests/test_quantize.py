@@ -18,7 +18,8 @@ from sapq_triton import QuantSpec, Report, dequantize, layers, ops, reference, s
 from sapq_triton import quantize as quantize_with_bar
 
 SPEC = QuantSpec(bits=3)
-quantize: Callable[..., Report] = partial(quantize_with_bar, progress=False)
+SIMPLE: dict[str, Any] = dict(candidates=1, rounds=0, drift_correction=0.0)  # as `solve` by itself
+quantize: Callable[..., Report] = partial(quantize_with_bar, progress=False, **SIMPLE)
 # nothing but the weights changes
 PLAIN: dict[str, Any] = dict(batchnorm="keep", bias_correction=False, hessian_dtype=torch.float64)
 CLOSE: dict[str, Any] = dict(rtol=1e-5, atol=1e-6)  # means are taken of float32 activations

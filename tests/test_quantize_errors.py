@@ -19,7 +19,8 @@ from sapq_triton import QuantSpec, Report, solve
 from sapq_triton import quantize as quantize_with_bar
 
 SPEC = QuantSpec(bits=3)
-quantize: Callable[..., Report] = partial(quantize_with_bar, progress=False)
+SIMPLE: dict[str, Any] = dict(candidates=1, rounds=0, drift_correction=0.0)  # as `solve` by itself
+quantize: Callable[..., Report] = partial(quantize_with_bar, progress=False, **SIMPLE)
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,7 @@ def test_powers_of_two_at_the_ends() -> None:
     scale = torch.tensor([0.25, 1.0, 2.0**-126, 1e-40, 2.0**127, 3e38])
     weight = torch.ones(1, len(scale), 1) * scale[:, None]
     spec = QuantSpec(4, scale_dtype="power-of-two", symmetric=True)
-    found = snapped(weight, scale.view(1, -1, 1), torch.full((1, len(scale), 1), 8.0), spec)
+    found = snapped(scale.view(1, -1, 1), weight, torch.full((1, len(scale), 1), 8.0), spec)
     assert found.flatten().tolist() == [0.25, 1.0, 2.0**-126, 2.0**-126, 2.0**127, 2.0**127]
 
 

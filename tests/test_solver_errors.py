@@ -107,7 +107,7 @@ SOLVE: dict[str, tuple[dict[str, Any], str]] = {  # arguments that differ from a
     "block--1": ({"block": -1}, r"block must be .* got -1"),
     "block-float": ({"block": 16.0}, r"block must be .* got 16\.0"),
     "block-bool": ({"block": True}, r"block must be .* got True"),
-    "sweeps-negative": ({"sweeps": -1}, r"sweeps must be an integer, not negative, got -1"),
+    "sweeps-negative": ({"sweeps": -1}, r"sweeps must be an integer of at least 0, got -1"),
     "sweeps-float": ({"sweeps": 2.0}, r"sweeps must be .* got 2\.0"),
     "sweeps-bool": ({"sweeps": True}, r"sweeps must be .* got True"),
     "damp-negative": ({"damp": -0.01}, r"damp must be a finite number, not negative, got -0\.01"),

@@ -22,7 +22,8 @@ from sapq_triton import quantize as quantize_with_bar
 from sapq_triton.targets import InputTracker, VersionedRef
 
 SPEC = QuantSpec(bits=3)
-quantize: Callable[..., Report] = partial(quantize_with_bar, progress=False)
+SIMPLE: dict[str, Any] = dict(candidates=1, rounds=0, drift_correction=0.0)  # as `solve` by itself
+quantize: Callable[..., Report] = partial(quantize_with_bar, progress=False, **SIMPLE)
 
 
 def mlp(*sizes: int) -> nn.Sequential:

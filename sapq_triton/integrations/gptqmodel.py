@@ -91,8 +91,9 @@ def _finder(task: Any, options: Options) -> FindGrid:
 
     def ours(columns: Tensor) -> tuple[Tensor, Tensor]:
         _, scale, zero = ops.quantize_groups(
-            columns[None], columns.shape[1], qmax, task.qcfg.sym, MSE_SHRINK, options.backend
-        )
+            columns[None], columns.shape[1], qmax, task.qcfg.sym, MSE_SHRINK,
+            backend=options.backend,
+        )  # fmt: skip
         return scale[0], zero[0]
 
     chosen = getattr(task.qcfg, "mse", 0) or options.scale_search == "absmax"

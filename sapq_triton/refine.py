@@ -1,0 +1,121 @@
+"""Refinement of solved rows: sweeps of coordinate descent over whole rows, and refits of scales.
+
+The solver fixes a column and never returns to it. Here every column is visited again while all
+others stand, on E(Q) = (w - q) H (w - q)^T of each row: its error cannot rise but by rounding.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .codebook import Codebook
+from .hessian import permuted
+from .ops import Backend, Precision
+from .result import dequantize, row_errors
+
+
+def sweep(
+    weight: Tensor,
+    hessian: Tensor,
+    quantized: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    columns: Tensor,
+    qmax: int | Codebook,
+    precision: Precision,
+    backend: Backend,
+) -> Tensor:
+    """One pass of coordinate descent over the columns, in the order of `columns`.
+
+        code_k = Q(w_k + sum_{j != k} (w_j - q_j) H_jk / H_kk)
+
+    with the new q_j of the columns before k (arXiv 2309.01885, 2406.17542): the loop of
+    `solve_columns` with H for the feedback. weight, quantized [B, R, C], hessian [B, C, C] of
+    positive diagonal, scale, zero_point [B, R, G], columns int64 [B, C]  ->  uint8 [B, R, C]
+    """
+    B, R, C = weight.shape
+    index = columns[:, :, None].expand(B, C, R)
+    w, error = (t.mT.gather(1, index).mT for t in (weight, weight - quantized))
+    curvature = permuted(hessian, columns)
+    curvature = curvature / curvature.diagonal(dim1=1, dim2=2)[:, None, :]
+    ahead = w.mT.baddbmm(curvature.tril(-1).mT, error.mT).mT
+    group = columns // (C // scale.shape[2])
+    codes, _ = ops.solve_columns(
+        w, ahead, curvature, scale, zero_point, group, qmax, precision, backend
+    )
+    return torch.empty_like(codes.mT).scatter_(1, index, codes.mT).mT
+
+
+def refit_scales(
+    weight: Tensor,
+    hessian: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmax: int | Codebook,
+) -> Tensor:
+    """The scales of least error for given codes: least squares in the G scales of a row.
+
+        sum_h (z_g H z_h^T) s_h = z_g H w^T,    z_g = value / scale in group g, 0 elsewhere
+
+    weight [B, R, C], hessian [B, C, C]  ->  [B, R, G]; a row whose system has no positive solution
+    keeps its scales.
+    """
+    B, R, C = weight.shape
+    G = scale.shape[2]
+    z = dequantize(codes, torch.ones_like(scale), zero_point, qmax).to(weight)
+
+    def per_group(products: Tensor) -> Tensor:
+        return products.unflatten(2, (G, -1)).sum(3)
+
+    target = per_group(z * (weight @ hessian))
+    normal = weight.new_empty(B, R, G, G)
+    width = C // G
+    for g in range(G):
+        part = slice(g * width, (g + 1) * width)
+        normal[:, :, g] = per_group(z * (z[:, :, part] @ hessian[:, part]))
+    diagonal = normal.diagonal(dim1=2, dim2=3)
+    # a group of zeros has no say, and keeps its scale
+    empty = diagonal <= 0
+    diagonal += torch.where(empty, 1.0, 1e-6 * diagonal.amax(2, keepdim=True))
+    fitted, _ = torch.linalg.solve_ex(normal, target[..., None])
+    fitted = torch.where(empty, scale, fitted[..., 0])
+    usable = ((fitted > 0) & fitted.isfinite()).all(2, keepdim=True)
+    return torch.where(usable, fitted, scale)
+
+
+def refine(
+    weight: Tensor,
+    hessian: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    columns: Tensor,
+    qmax: int | Codebook,
+    *,
+    rounds: int,
+    snap: Callable[[Tensor], Tensor] | None,
+    precision: Precision,
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
+    """`rounds` times a refit of the scales and a sweep; each row keeps the best that it had.
+
+    snap: rounds refitted scales to what a file can hold; None: the grid stays as it is.
+    codes uint8 [B, R, C]  ->  codes, scale. Rows of equal error keep the earlier one.
+    """
+    kept = codes, scale
+    least = row_errors(weight, hessian, dequantize(codes, scale, zero_point, qmax))
+    for _ in range(rounds):
+        if snap is not None:
+            scale = snap(refit_scales(weight, hessian, codes, scale, zero_point, qmax))
+        quantized = dequantize(codes, scale, zero_point, qmax)
+        codes = sweep(
+            weight, hessian, quantized, scale, zero_point, columns, qmax, precision, backend
+        )
+        error = row_errors(weight, hessian, dequantize(codes, scale, zero_point, qmax))
+        better = (error < least)[..., None]
+        least = error.minimum(least)
+        kept = torch.where(better, codes, kept[0]), torch.where(better, scale, kept[1])
+    return kept
