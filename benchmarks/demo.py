@@ -81,9 +81,9 @@ def compare_methods(
     errors: dict[str, list[float]] = {}
     print(f"\nW{bits}, per channel, asymmetric (fp32: {full:.1f} MB)")
     print(f"{'method':18} {'seconds':>8} {'layer error':>12} {'agreement':>10} {'KL':>8} {'MB':>6}")
-    for method, order in METHODS.items():
+    for method, options in METHODS.items():
         quantized = copy.deepcopy(model)
-        report = quantize(quantized, calibration, QuantSpec(bits), order=order, progress=False)
+        report = quantize(quantized, calibration, QuantSpec(bits), progress=False, **options)
         after = log_probabilities(quantized, evaluation)
         agreement = (after.argmax(1) == before.argmax(1)).float().mean().item()
         divergence = (before.exp() * (before - after)).sum(1).mean().item()

@@ -1,7 +1,7 @@
 """What `quantize` does when its options are left open."""
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 from .spec import Order
 
@@ -21,12 +21,14 @@ class Preset:
 
 
 PRESETS: dict[PresetName, Preset] = {
-    "best": Preset("sensitivity", 128, 2, candidates=6, rounds=2, drift_correction=1.0),
+    "best": Preset("sensitivity", 128, 2, candidates=6, rounds=2, drift_correction=0.5),
     "fast": Preset("activation", 128, 0, candidates=1, rounds=0, drift_correction=0.0),
 }
 
 
-def preset(name: PresetName) -> Preset:
+def choose(name: PresetName, **options: Any) -> dict[str, Any]:
+    """The options of a preset, but for those that are not None here."""
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {get_args(PresetName)}, got {name!r}")
-    return PRESETS[name]
+    given = {option: value for option, value in options.items() if value is not None}
+    return asdict(PRESETS[name]) | given

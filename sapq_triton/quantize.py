@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -28,8 +27,7 @@ from .calibrate import ChannelMoments, Lockstep
 from .hessian import HessianSum, drifted
 from .layers import Layer
 from .ops import Backend, Precision, uses_triton
-from .preset import PresetName
-from .preset import preset as preset_named
+from .preset import PresetName, choose
 from .report import LayerReport, Report
 from .solver import solve
 from .spec import Order, QuantSpec
@@ -126,12 +124,10 @@ def quantize(
     """
     started = time.perf_counter()
     overrides = dict(overrides or {})
-    chosen = preset_named(preset)
-    given = dict(
-        order=order, block=block, sweeps=sweeps, candidates=candidates, rounds=rounds,
+    options = choose(
+        preset, order=order, block=block, sweeps=sweeps, candidates=candidates, rounds=rounds,
         drift_correction=drift_correction,
     )  # fmt: skip
-    options: dict[str, Any] = asdict(chosen) | {k: v for k, v in given.items() if v is not None}
     drift = options.pop("drift_correction")
     options |= dict(damp=damp, precision=precision, backend=backend)
     _check(model, batches, spec, skip, overrides, batchnorm, drift, hessian_dtype, options)

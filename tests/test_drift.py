@@ -241,7 +241,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def test_presets_are_what_they_say() -> None:
-    best = dict(order="sensitivity", candidates=6, rounds=2, drift_correction=1.0)
+    best = dict(order="sensitivity", candidates=6, rounds=2, drift_correction=0.5)
     fast = dict(order="activation", candidates=1, rounds=0, drift_correction=0.0)
     assert same(run(), run(preset="best")) and same(run(), run(preset="fast", sweeps=2, **best))
     assert same(run(preset="fast"), run(**fast))

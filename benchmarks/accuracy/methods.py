@@ -1,10 +1,39 @@
-"""The rows of every accuracy table: name -> order of `sapq_triton.quantize`."""
+"""The rows of every accuracy table: name -> options of `sapq_triton.quantize`."""
 
-from sapq_triton.spec import Order
+from typing import Any
 
-METHODS: dict[str, Order] = {
-    "RTN": "nearest",
-    "GPTQ order": "natural",
-    "activation order": "activation",
-    "SAPQ": "sensitivity",
+from sapq_triton.preset import choose
+
+Options = dict[str, Any]
+
+METHODS: dict[str, Options] = {
+    "RTN": dict(order="nearest"),
+    "GPTQ order": dict(preset="fast", order="natural"),
+    "activation order": dict(preset="fast"),
+    "SAPQ": {},
 }
+
+# the parts of SAPQ, one after another on top of GPTQ, and all of it but one
+PARTS: dict[str, Options] = {
+    "exact OBQ": dict(preset="fast", order="obq"),
+    "min-pivot order": dict(preset="fast", order="min-pivot"),
+    "sensitivity order": dict(preset="fast", order="sensitivity"),
+    "… + sweeps in the tile": dict(preset="fast", order="sensitivity", sweeps=2),
+    "… + candidates": dict(preset="fast", order="sensitivity", sweeps=2, candidates=6),
+    "… + rounds": dict(drift_correction=0.0),
+    "GPTQ order + drift correction": dict(preset="fast", order="natural", drift_correction=0.5),
+    "activation order + drift correction": dict(preset="fast", drift_correction=0.5),
+    "SAPQ, drift correction .25": dict(drift_correction=0.25),
+    "SAPQ, drift correction 1": dict(drift_correction=1.0),
+    "SAPQ, damping .001": dict(damp=0.001),
+    "SAPQ, damping .1": dict(damp=0.1),
+    "SAPQ without bias correction": dict(bias_correction=False),
+}
+
+
+def solver_options(method: str) -> Options:
+    """Those of `sapq_triton.solve` in one of METHODS"""
+    given = dict(METHODS[method])
+    options = choose(given.pop("preset", "best"), **given)
+    del options["drift_correction"]
+    return options

@@ -11,9 +11,10 @@ Q4_1". Texts: the standard library's `pydoc_data.topics`, and WikiText-2's test 
 import argparse
 import math
 import pydoc_data.topics
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,12 @@ def sequences(tokenizer: Any, text: str, length: int, count: int, start: int = 0
 
 
 @torch.inference_mode()
+def log_probabilities(model: nn.Module, sequence: Tensor) -> Tensor:
+    """Of each next token: int64 [L]  ->  [L - 1, vocabulary]"""
+    return model(input_ids=sequence[None]).logits[0, :-1].float().log_softmax(-1)
+
+
+@torch.inference_mode()
 def perplexity(model: nn.Module, tokens: Tensor) -> float:
     """exp of the mean cross entropy of each token but the first of a sequence; int64 [S, L]"""
     total = 0.0
@@ -143,6 +150,76 @@ def perplexity(model: nn.Module, tokens: Tensor) -> float:
         logits = model(input_ids=sequence[None]).logits[0, :-1].float()
         total += F.cross_entropy(logits, sequence[1:], reduction="sum").item()
     return math.exp(total / (tokens.shape[0] * (tokens.shape[1] - 1)))
+
+
+class Study:
+    """Perplexity on the beginning of WikiText-2's test text and of `topics`; calibration on later
+    parts of both, half each. kl: KL(original | quantized) per token, mean of both texts.
+    """
+
+    loss = "kl"
+    groups = (64, 128, 32)
+    symmetric = True
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.model, self._tokenizer = load(), load_tokenizer()
+        self._texts = {"WikiText-2": options.wikitext.read_text(), "topics": topics()}
+        self.count = options.calibration
+        self.setup = {"calibration sequences": self.count}
+        self.title = (
+            f"SmolLM2-135M-Instruct (on top of the shipped Q4_1), {self.count} sequences of 512 "
+            "tokens of later WikiText-2 and topics calibrate, 2 x 512 others are for layer errors, "
+            "the first 4 x 1024 tokens of each text evaluate"
+        )
+        self.options: dict[str, Any] = {"forward": self.run, "skip": ["lm_head"]}
+
+    @staticmethod
+    def arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--wikitext", type=Path, required=True)
+        parser.add_argument("--calibration", type=int, default=32)
+
+    def _later(self, seed: int) -> list[Tensor]:
+        """Shuffled sequences of 512 tokens behind those that evaluate, by text"""
+        found = []
+        for text in self._texts.values():
+            tokens = sequences(self._tokenizer, text, 512, 200, start=8)
+            generator = torch.Generator().manual_seed(seed)
+            found.append(tokens[torch.randperm(len(tokens), generator=generator)])
+        return found
+
+    def calibration(self, seed: int) -> list[Tensor]:
+        half = self.count // 2
+        return list(torch.cat([tokens[:half] for tokens in self._later(seed)]).split(8))
+
+    def probe(self, seed: int) -> list[Tensor]:
+        return [torch.cat([tokens[-1:] for tokens in self._later(seed)])]
+
+    def run(self, model: nn.Module, batch: Tensor) -> object:
+        body: Any = model.model  # the logits would be the largest tensor of all
+        return body(input_ids=batch, use_cache=False)
+
+    @cached_property
+    def _evaluation(self) -> dict[str, Tensor]:
+        return {n: sequences(self._tokenizer, t, 1024, 4) for n, t in self._texts.items()}
+
+    @cached_property
+    def _original(self) -> dict[str, list[Tensor]]:
+        return {
+            name: [log_probabilities(self.model, sequence).half() for sequence in tokens]
+            for name, tokens in self._evaluation.items()
+        }
+
+    def score(self, model: nn.Module, seed: int) -> dict[str, float]:
+        scores, divergence = {}, []
+        for name, tokens in self._evaluation.items():
+            losses = []
+            for sequence, before in zip(tokens, self._original[name], strict=True):
+                after = log_probabilities(model, sequence)
+                losses.append(-after.gather(1, sequence[1:, None]).mean().item())
+                was = before.float()
+                divergence.append((was.exp() * (was - after)).sum(1).mean().item())
+            scores[name] = math.exp(mean(losses))
+        return scores | {"kl": mean(divergence)}
 
 
 def main() -> None:

@@ -1,0 +1,281 @@
+"""What makes the model better: every method and option on one model, layer errors beside its loss.
+
+    python -m benchmarks.accuracy.study lite0 --images IMAGES.zip
+    python -m benchmarks.accuracy.study yolov5n --weights yolov5n.onnx --images COCO.zip
+    python -m benchmarks.accuracy.study smollm2 --wikitext wiki.test.raw
+    python -m benchmarks.accuracy.study minilm
+
+A cell is one quantized model: bits, columns per group, grid, method, seed of the calibration data.
+It is written to --json as soon as it is measured and never measured again, so that the command goes
+on where it was stopped; --minutes stops it. Calibration and evaluation data are disjoint.
+
+Layer errors, mean over layers, on data that neither calibrates nor is evaluated, energy |W x|^2:
+local   |Q x - W x|^2 on the inputs x of the full-precision model: what rounding this layer costs
+total   |Q z - W x|^2, z the inputs in the quantized model: what all layers up to this one cost
+Both include biases and what corrects them.
+"""
+
+import argparse
+import copy
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.accuracy import lite0, minilm, smollm2, yolov5n
+from benchmarks.accuracy.methods import METHODS, PARTS, Options
+from benchmarks.measure import environment, markdown
+from sapq_triton import QuantSpec, quantize
+from sapq_triton.layers import called_with, find_layers, kind
+
+
+class Subject(Protocol):
+    """A model with its data.
+
+    loss: the metric, of those of `score`, that figures show; all are better the closer to that of
+    the full-precision model. groups: columns per scale that are studied, -1 for one per row.
+    """
+
+    title: str
+    loss: str
+    groups: tuple[int, ...]
+    symmetric: bool  # the grid that is studied first
+    setup: dict[str, Any]  # what the results depend on
+    model: nn.Module
+    options: Options  # of `quantize`
+
+    def calibration(self, seed: int) -> list[Any]: ...
+
+    def probe(self, seed: int) -> list[Any]:
+        """Batches for layer errors."""
+
+    def run(self, model: nn.Module, batch: Any) -> object: ...
+
+    def score(self, model: nn.Module, seed: int) -> dict[str, float]: ...
+
+
+SUBJECTS = {
+    "lite0": lite0.Study,
+    "yolov5n": yolov5n.Study,
+    "smollm2": smollm2.Study,
+    "minilm": minilm.Study,
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    bits: int
+    group_size: int
+    symmetric: bool
+    method: str
+    seed: int
+
+    def __str__(self) -> str:
+        grid = "symmetric" if self.symmetric else "asymmetric"
+        return f"W{self.bits} | {self.group_size} | {grid} | {self.method} | seed {self.seed}"
+
+    @property
+    def row(self) -> tuple[int, int, bool, str]:
+        return self.bits, self.group_size, self.symmetric, self.method
+
+
+# --- measurement ----------------------------------------------------------------------------------
+
+
+class LayerErrors:
+    """Energy, local and total error of each layer, summed over batches; see above."""
+
+    def __init__(self, original: nn.Module, quantized: nn.Module, names: Sequence[str]) -> None:
+        self.original, self.quantized = original, quantized
+        self.sums = {name: torch.zeros(3, dtype=torch.float64) for name in names}
+        self._outputs: dict[str, Tensor] = {}  # of the original
+
+    @torch.no_grad()
+    def add(self, subject: Subject, batch: Any) -> None:
+        for model, hook in ((self.original, self._before), (self.quantized, self._after)):
+            handles = [
+                model.get_submodule(name).register_forward_hook(
+                    partial(hook, name), with_kwargs=True
+                )
+                for name in self.sums
+            ]
+            subject.run(model, batch)
+            for handle in handles:
+                handle.remove()
+
+    def _before(self, name: str, module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
+        x = called_with(name, args, kwargs)
+        constant = module.forward(torch.zeros_like(x[:1]))
+        rounded = self.quantized.get_submodule(name).forward(x)
+        self.sums[name][0] += (y - constant).square().sum()
+        self.sums[name][1] += (rounded - y).square().sum()
+        self._outputs[name] = y
+
+    def _after(self, name: str, module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
+        self.sums[name][2] += (y - self._outputs.pop(name)).square().sum()
+
+    def relative(self) -> dict[str, tuple[float, float]]:
+        """Local and total, over the energy"""
+        return {
+            name: (float(local / energy), float(total / energy))
+            for name, (energy, local, total) in self.sums.items()
+        }
+
+
+def measure(subject: Subject, cell: Cell, options: Options) -> dict[str, Any]:
+    spec = QuantSpec(cell.bits, cell.group_size, cell.symmetric)
+    model = copy.deepcopy(subject.model)
+    report = quantize(
+        model, subject.calibration(cell.seed), spec, progress=False, **subject.options | options
+    )
+    sums = LayerErrors(subject.model, model, [layer.name for layer in report.layers])
+    for batch in subject.probe(cell.seed):
+        sums.add(subject, batch)
+    errors = sums.relative()
+    local, total = zip(*errors.values(), strict=True)
+    return {
+        **subject.score(model, cell.seed),
+        "calibration error": report.relative_error,
+        "local error": mean(local),
+        "total error": mean(total),
+        "seconds": report.seconds,
+        "notes": sum(bool(layer.notes) for layer in report.layers),
+        "layers": {
+            layer.name: [
+                _type(subject.model, layer.name),
+                layer.relative_error,
+                *errors[layer.name],
+            ]
+            for layer in report.layers
+        },
+    }
+
+
+def _type(model: nn.Module, name: str) -> str:
+    """depthwise, pointwise, other convolutions, or the last part of a linear layer's name"""
+    module: Any = find_layers(model)[name]
+    if "Conv" not in str(kind(module)) or kind(module) == "Conv1D":
+        return name.rpartition(".")[2]
+    if module.groups > 1:
+        return "depthwise"
+    return "pointwise" if set(module.kernel_size) == {1} else "convolution"
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+def plan(subject: Subject, seeds: Sequence[int], bits: Sequence[int], full: bool) -> list[Cell]:
+    """Main methods with all seeds first, then the parts with the first seed."""
+
+    def cells(methods: Sequence[str], seeds: Sequence[int]) -> Iterator[Cell]:
+        for seed in seeds:
+            for width in bits:
+                for group in subject.groups if full else subject.groups[:1]:
+                    for symmetric in (subject.symmetric, not subject.symmetric)[: 1 + full]:
+                        for method in methods:
+                            yield Cell(width, group, symmetric, method, seed)
+
+    return [*cells([*METHODS], seeds), *cells([*PARTS], seeds[:1])]
+
+
+class Results:
+    """Cells by name, in a file that an interruption leaves whole."""
+
+    def __init__(self, path: Path, setup: dict[str, Any]) -> None:
+        self.path, self.cells = path, {}
+        self.setup = setup
+        if path.exists():
+            stored = json.loads(path.read_text())
+            if stored["setup"] != setup:
+                raise SystemExit(
+                    f"{path} holds {stored['setup']}, this is {setup}: name another --json"
+                )
+            self.cells: dict[str, dict[str, Any]] = stored["cells"]
+
+    def add(self, cell: Cell, values: dict[str, Any]) -> None:
+        self.cells[str(cell)] = values
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps({"setup": self.setup, "cells": self.cells}, indent=1) + "\n")
+        os.replace(partial, self.path)
+
+
+def table(subject: Subject, results: Results, cells: Sequence[Cell]) -> str:
+    """Mean over the seeds ± their sample standard deviation."""
+    rows: dict[tuple[int, int, bool, str], list[dict[str, Any]]] = {}
+    for cell in cells:
+        if str(cell) in results.cells:
+            rows.setdefault(cell.row, []).append(results.cells[str(cell)])
+    first = next(iter(rows.values()))[0]
+    metrics = [name for name in first if name not in ("layers", "notes")]
+
+    def text(runs: list[dict[str, Any]], name: str) -> str:
+        values = [run[name] for run in runs]
+        digits = 0 if name == "seconds" else 5 if "error" in name else 3
+        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 and digits else ""
+        return f"{mean(values):.{digits}f}{spread}"
+
+    lines = [
+        (
+            f"W{bits}",
+            "row" if group == -1 else str(group),
+            "sym." if symmetric else "asym.",
+            method,
+            str(len(runs)),
+            *(text(runs, name) for name in metrics),
+        )
+        for (bits, group, symmetric, method), runs in sorted(
+            rows.items(), key=lambda item: (-item[0][0], item[0][1], item[0][2])
+        )
+    ]
+    return markdown(("bits", "group", "grid", "method", "seeds", *metrics), lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    models = parser.add_subparsers(dest="subject", required=True)
+    for name, study in SUBJECTS.items():
+        command = models.add_parser(name)
+        study.arguments(command)
+        command.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+        command.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+        command.add_argument("--methods", nargs="+", help="names of rows; all by default")
+        command.add_argument("--full", action="store_true", help="all groups, both grids")
+        command.add_argument("--minutes", type=float, default=30.0, help="then stop (30)")
+        command.add_argument("--json", type=Path)
+        command.add_argument("--figures", type=Path, help="folder for the plots")
+    options = parser.parse_args()
+    started = time.monotonic()
+    subject: Subject = SUBJECTS[options.subject](options)
+    path = options.json or Path(f"study-{options.subject}.json")
+    results = Results(path, {"subject": subject.title, **subject.setup})
+    cells = plan(subject, options.seeds, options.bits, options.full)
+    if options.methods:
+        cells = [cell for cell in cells if cell.method in options.methods]
+    named = METHODS | PARTS
+    missing = [cell for cell in cells if str(cell) not in results.cells]
+    for done, cell in enumerate(missing):
+        if time.monotonic() - started > 60 * options.minutes:
+            print(f"stopped after {options.minutes} minutes; {len(missing) - done} cells are left")
+            break
+        begun = time.monotonic()
+        values = measure(subject, cell, named[cell.method])
+        results.add(cell, values | {"environment": environment(torch.device("cpu"))})
+        print(f"{cell}: {subject.loss} {values[subject.loss]:.4f}, "
+              f"{time.monotonic() - begun:.0f} s", flush=True)  # fmt: skip
+    print("\n" + subject.title + "\n\n" + table(subject, results, cells))
+    if options.figures:
+        from benchmarks.accuracy import figures
+
+        figures.draw(options.subject, subject.loss, results.cells, options.figures)
+
+
+if __name__ == "__main__":
+    main()
