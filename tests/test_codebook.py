@@ -12,6 +12,8 @@ from sapq_triton import QuantSpec, SolveResult, dequantize, ops, quantize, refer
 from sapq_triton.codebook import FP4, NF4, Codebook
 from sapq_triton.kernels.rounding import constants
 from sapq_triton.packed import QuantLinear, pack_weight, to_packed
+from sapq_triton.refine import refit_scales
+from sapq_triton.result import row_errors
 from sapq_triton.spec import MSE_SHRINK, CodebookName, Order
 from tests.test_rounding import _grid_kernel
 from tests.test_solver import (
@@ -23,6 +25,7 @@ from tests.test_solver import (
     check_known_order,
     check_obq,
     check_sensitivity,
+    damped,
     grid_for,
     ill_conditioned,
     indefinite,
@@ -152,22 +155,29 @@ def test_absmax_is_the_reference_bit_for_bit(
 
 @NAMES
 @BACKENDS
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 def test_search_finds_the_least_error(
-    name: CodebookName, backend: ops.Backend, device: torch.device
+    name: CodebookName, backend: ops.Backend, weighted: bool, device: torch.device
 ) -> None:
     book, shrink = {"nf4": NF4, "fp4": FP4}[name], MSE_SHRINK[::8]
-    weight = torch.randn(1, 21, 64, device=device)
-    codes, scale, _ = ops.quantize_groups(weight, 16, book, True, shrink, backend=backend)
+    weight, importance = torch.randn(1, 21, 64, device=device), torch.ones(1, 64, device=device)
+    if weighted:
+        importance = torch.rand(1, 64, device=device)
+    codes, scale, _ = ops.quantize_groups(
+        weight, 16, book, True, shrink, importance if weighted else None, backend
+    )
+    cost = importance.view(4, 16).double()
     groups = weight.unflatten(2, (-1, 16)).double()
     full = groups.abs().amax(3) / book.half_range
     errors = torch.stack([
         ((groups / (full * f)[..., None])[..., None] - as_levels(book, groups)).abs().amin(-1)
-        .square().sum(-1) * (full * f).square()
+        .square().mul(cost).sum(-1) * (full * f).square()
         for f in shrink
     ])  # fmt: skip
     value = as_levels(book, groups)[codes.long()].unflatten(2, (-1, 16)) * scale.double()[..., None]
     least = errors.amin(0)
-    torch.testing.assert_close((value - groups).square().sum(-1), least, rtol=1e-4, atol=0)
+    found = ((value - groups).square() * cost).sum(-1)
+    torch.testing.assert_close(found, least, rtol=1e-4, atol=0)
     assert (errors.argmin(0) > 0).double().mean() > 0.1  # the search has something to find
 
 
@@ -292,6 +302,33 @@ def test_errors_are_compensated(order: Order, name: CodebookName) -> None:
     torch.testing.assert_close(
         nearest.report.error, rounding_error(weight, hessian, nearest), rtol=1e-4, atol=0
     )
+
+
+@NAMES
+def test_refit_of_scales_is_the_least_squares_solution(name: CodebookName) -> None:
+    weight, hessian = (t.double()[None] for t in problem(6, 24))
+    book = spec_of(name).levels
+    codes, scale, zero_point = reference.quantize_groups(weight, 8, book, True, (0.7,))
+    fitted = refit_scales(weight, hessian, codes, scale, zero_point, book)
+    root = torch.linalg.cholesky(hessian[0])  # E = |(w - q) L|^2
+    for r in range(6):
+        levels = as_levels(book, weight)[codes[0, r].long()].view(3, 1, 8)
+        design = torch.block_diag(*levels) @ root
+        expected = torch.linalg.lstsq(design.T, weight[0, r] @ root).solution
+        torch.testing.assert_close(fitted[0, r], expected, rtol=1e-4, atol=1e-6)
+
+
+@NAMES
+@pytest.mark.parametrize("order", ["sensitivity", "activation", "obq"])
+def test_candidates_and_rounds_better_every_row(order: Order, name: CodebookName) -> None:
+    weight, hessian = problem(12, 48)
+    spec, h = spec_of(name, 16), damped(hessian)
+    errors = [
+        row_errors(weight, h, solve(weight, hessian, spec, order=order, **more).dequantize())
+        for more in ({}, {"rounds": 1}, {"rounds": 3}, {"candidates": 4, "rounds": 2})
+    ]
+    assert (errors[1] <= errors[0]).all() and (errors[2] <= errors[1]).all()
+    assert errors[1].sum() < 0.99 * errors[0].sum() and errors[3].sum() < 0.95 * errors[0].sum()
 
 
 @NAMES

@@ -115,6 +115,22 @@ def test_the_solver_compensates_rounded_scales(
     assert_same(batch.scale[1], result.scale)
 
 
+@ON
+@pytest.mark.parametrize("scale_dtype", ["power-of-two", "uint8"])
+def test_refitted_scales_stay_what_is_stored(scale_dtype: ScaleDtype, grid: str) -> None:
+    weight, hessian = problem(12, 24)
+    spec = with_scales(GRIDS[grid], scale_dtype)
+    result = solve(weight, hessian, spec, candidates=4, rounds=2)
+    plain = solve(weight, hessian, spec)
+    assert result.report.error < plain.report.error
+    if scale_dtype == "power-of-two":  # the sweeps still find better codes
+        assert is_power_of_two(result.scale)
+    else:
+        assert (result.scale != plain.scale).any()
+        steps, largest = stored(result.scale)
+        assert_same((steps.float() + 1) / 256 * largest.float()[:, None], result.scale)
+
+
 @pytest.mark.parametrize(
     "spec, size",  # 60 weights, 12 scales in 6 rows
     [

@@ -28,7 +28,7 @@ REFUSED = [  # arguments, message
     ),
     pytest.param(
         {"scale_search": "mean"},
-        r"scale_search must be one of \('absmax', 'mse'\), got 'mean'",
+        r"scale_search must be one of \('absmax', 'mse', 'hessian'\), got 'mean'",
         id="search-unknown",
     ),
     pytest.param(
