@@ -256,9 +256,8 @@ def _search(
         for step in range(first, candidates - 1 + first):
             away = STRETCH * ((step + 1) // 2)
             grids.append((scale * (1 + away if step % 2 == 0 else 1 - away), zero_point))
-    scales, zero_points = zip(*grids, strict=True)
-    scale, zero_point = torch.cat(scales, 1), torch.cat(zero_points, 1)
-    return snapped(scale, weight.repeat(1, candidates, 1), zero_point, spec), zero_point
+    scales = [snapped(scale, weight, zero_point, spec) for scale, zero_point in grids]
+    return torch.cat(scales, 1), torch.cat([zero_point for _, zero_point in grids], 1)
 
 
 def _importance(hessian: Tensor, order: Order, damp: float) -> Tensor:
