@@ -9,8 +9,11 @@ if not _os.path.isdir(_os.path.join(_here, "kernels")) and _os.path.isfile(
 ):
     __path__.append(_os.path.dirname(_here))
 
+from .allocate import Allocation, ErrorCurves, LayerCurve, allocate
+from .curves import error_curves
 from .formats import load, save
 from .integrations import patch, unpatch
+from .mixed import FloatColumnsResult, RowBitsResult, solve_float_columns, solve_row_bits
 from .quantize import quantize
 from .report import LayerReport, Report
 from .result import SolveReport, SolveResult, dequantize, layer_error
@@ -18,17 +21,26 @@ from .solver import solve
 from .spec import QuantSpec
 
 __all__ = [
+    "Allocation",
+    "ErrorCurves",
+    "FloatColumnsResult",
+    "LayerCurve",
     "LayerReport",
     "QuantSpec",
     "Report",
+    "RowBitsResult",
     "SolveReport",
     "SolveResult",
+    "allocate",
     "dequantize",
+    "error_curves",
     "layer_error",
     "load",
     "patch",
     "quantize",
     "save",
     "solve",
+    "solve_float_columns",
+    "solve_row_bits",
     "unpatch",
 ]

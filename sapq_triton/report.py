@@ -9,6 +9,20 @@ from .result import dequantize
 from .spec import Order, QuantSpec
 
 
+def packed_bytes(rows: int, columns: int, spec: QuantSpec) -> float:
+    """Size of packed codes, of packed zero points (none where symmetric), and of scales: of a byte
+    for "power-of-two" and "uint8", the latter with a float16 number per row, else float16.
+    """
+    scales = rows * (columns // spec.columns_per_group(columns))
+    size = rows * columns * spec.bits / 8
+    size += scales * (1 if spec.scale_dtype in ("power-of-two", "uint8") else 2)
+    if spec.scale_dtype == "uint8":
+        size += rows * 2
+    if not spec.symmetric:
+        size += scales * spec.bits / 8
+    return size
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """One quantized layer.
@@ -51,15 +65,9 @@ class LayerReport:
 
     @property
     def bytes(self) -> float:
-        """Size of packed codes, packed zero points (none where symmetric), and scales: of one byte,
-        for "uint8" with a float16 number per row, where scale_dtype says so, else float16.
-        """
-        groups, bits = self.scale.numel(), self.spec.bits
-        scales = groups * (1 if self.spec.scale_dtype in ("power-of-two", "uint8") else 2)
-        if self.spec.scale_dtype == "uint8":
-            scales += groups // self.scale.shape[-1] * 2
-        zero_points = 0 if self.spec.symmetric else groups * bits / 8
-        return self.codes.numel() * bits / 8 + zero_points + scales
+        """Of codes, scales and zero points, see `packed_bytes`."""
+        _, rows, columns = self.codes.shape
+        return packed_bytes(len(self.codes) * rows, columns, self.spec)
 
 
 @dataclass(frozen=True)

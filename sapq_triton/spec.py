@@ -1,5 +1,6 @@
 """What a quantized weight may look like: bits, groups, symmetry, and how its scale is found."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -106,3 +107,13 @@ class QuantSpec:
                 f"legal are -1 and {divisors}"
             )
         return self.group_size
+
+
+def check_bits(bits: Iterable[int]) -> tuple[int, ...]:
+    """Several widths, ascending; ValueError for none, and for what `QuantSpec` refuses."""
+    widths = tuple(bits)
+    for width in widths:
+        QuantSpec(bits=width)
+    if not widths:
+        raise ValueError("bits is empty: at least one width is needed")
+    return tuple(sorted(set(widths)))

@@ -8,7 +8,18 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from sapq_triton import QuantSpec, SolveResult, dequantize, ops, quantize, reference, solve
+from sapq_triton import (
+    QuantSpec,
+    SolveResult,
+    dequantize,
+    layer_error,
+    ops,
+    quantize,
+    reference,
+    solve,
+    solve_float_columns,
+    solve_row_bits,
+)
 from sapq_triton.codebook import FP4, NF4, Codebook
 from sapq_triton.kernels.rounding import constants
 from sapq_triton.packed import QuantLinear, pack_weight, to_packed
@@ -357,6 +368,20 @@ def test_zeros_and_hopeless_hessians(name: CodebookName) -> None:
     assert_same(fallen.codes, round_to_nearest(weight, Grid.of(fallen)))
     dead = solve(weight, torch.zeros(24, 24), spec_of(name, 8), damp=DAMP)
     assert_same(dead.codes, round_to_nearest(weight, Grid.of(dead)))
+
+
+@NAMES
+def test_rows_and_columns_of_mixed_precision(name: CodebookName) -> None:
+    weight, hessian = problem(6, 24)
+    alone = solve(weight, hessian, spec_of(name, 8))
+    rows = solve_row_bits(weight, hessian, spec_of(name, 8), mean_bits=4, bits=[4])
+    assert_same(rows.dequantize(), alone.dequantize())
+    with pytest.raises(ValueError, match="has 16 levels: bits must be 4, got 3"):
+        solve_row_bits(weight, hessian, spec_of(name, 8), mean_bits=4, bits=[3, 4])
+    columns = solve_float_columns(weight, hessian, spec_of(name, 8), count=2)
+    expected = layer_error(weight, columns.dequantize(), hessian)
+    torch.testing.assert_close(columns.report.error, expected)
+    assert columns.report.error < 0.9 * alone.report.error
 
 
 def test_a_model_and_its_report() -> None:

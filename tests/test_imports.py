@@ -30,7 +30,11 @@ MAY_IMPORT = {
         "codebook", "hessian", "obq", "ops", "order", "reference", "refine", "result",
         "scales", "spec", "tile",
     },
+    "knapsack": set(),
+    "mixed": {"spec", "result", "ops", "hessian", "knapsack", "solver"},
+    "allocate": {"spec", "report", "knapsack"},
 }  # fmt: skip
+NUMPY = {"reference", "knapsack", "mixed", "allocate"}
 
 
 def imports(path: Path) -> tuple[set[str], set[str]]:
@@ -67,13 +71,27 @@ def test_kernels_know_tensors_and_triton(path: Path) -> None:
 def test_imports_point_inward(name: str) -> None:
     ours, others = imports(ROOT / "sapq_triton" / f"{name}.py")
     assert ours <= MAY_IMPORT[name]
-    assert packages(others) <= {"torch"} | ({"numpy"} if name == "reference" else set())
+    assert packages(others) <= {"torch"} | ({"numpy"} if name in NUMPY else set())
     assert not any(other.startswith("torch.nn") for other in others)
 
 
 def test_targets_do_not_know_the_run() -> None:
     ours, others = imports(ROOT / "sapq_triton" / "targets.py")
     assert ours <= {"hessian", "layers", "result", "spec"}
+    assert packages(others) <= {"torch"}
+
+
+def test_scores_do_not_know_how_layers_were_solved() -> None:
+    ours, others = imports(ROOT / "sapq_triton" / "scores.py")
+    assert ours <= {"layers", "result"}
+    assert packages(others) <= {"torch"}
+
+
+def test_curves_do_not_know_budgets() -> None:
+    """But for the form of what they return."""
+    ours, others = imports(ROOT / "sapq_triton" / "curves.py")
+    rooms = {"hessian", "layers", "quantize", "result", "scores", "solver", "spec", "targets"}
+    assert ours <= rooms | {"allocate"}
     assert packages(others) <= {"torch"}
 
 
