@@ -67,6 +67,7 @@ from triton.runtime.jit import JITFunction
 
 import sapq_triton.kernels
 from benchmarks.cycles import Code
+from sapq_triton.codebook import NF4, Codebook
 from sapq_triton.kernels import launch
 from sapq_triton.packing import words
 from sapq_triton.spec import MSE_SHRINK
@@ -145,33 +146,41 @@ def grid_of(rows: int, groups: int, *group_shape: int) -> tuple[Tensor, Tensor, 
 
 
 def quantize_groups(
-    module: ModuleType, symmetric: bool, shrink: tuple[float, ...], weighted: bool = False
+    module: ModuleType,
+    symmetric: bool,
+    shrink: tuple[float, ...],
+    qmax: int | Codebook = 15,
+    weighted: bool = False,
 ) -> None:
     importance = meta(1, 4096) if weighted else None
-    module.quantize_groups(meta(1, 4096, 4096), 128, 15, symmetric, shrink, importance)
+    module.quantize_groups(meta(1, 4096, 4096), 128, qmax, symmetric, shrink, importance)
 
 
-def column_sensitivity(module: ModuleType) -> None:
+def column_sensitivity(module: ModuleType, qmax: int | Codebook = 15) -> None:
     diagonal = meta(1, 4096, 4096).diagonal(dim1=1, dim2=2)
-    module.column_sensitivity(
-        meta(1, 4096, 4096).mT, *grid_of(4096, 32, 1, 4096), diagonal, qmax=15
-    )
+    grid = grid_of(4096, 32, 1, 4096)
+    module.column_sensitivity(meta(1, 4096, 4096).mT, *grid, diagonal, qmax)
 
 
 def solve_columns(
-    module: ModuleType, columns: int, groups: int, precision: str, sparse: bool = False
+    module: ModuleType,
+    columns: int,
+    groups: int,
+    precision: str,
+    qmax: int | Codebook = 15,
+    sparse: bool = False,
 ) -> None:
     weight, feedback = meta(1, columns, 4096).mT, meta(1, columns, columns)
     if columns > TILE:
         feedback = feedback.mT  # as the factor of a whole layer lies in memory
     grid = grid_of(4096, groups, 1, columns)
     pruned = meta(1, columns, 4096, dtype=torch.bool).mT if sparse else None
-    module.solve_columns(weight, weight, feedback, *grid, 15, precision, pruned)
+    module.solve_columns(weight, weight, feedback, *grid, qmax, precision, pruned)
 
 
-def compensate(module: ModuleType, precision: str) -> None:
+def compensate(module: ModuleType, precision: str, qmax: int | Codebook = 15) -> None:
     weight, error, rows = meta(1, 4096, 4096)[:, 128:].mT, meta(1, 4096, 128), meta(1, 128, 3968)
-    module.compensate(weight, error, rows, *grid_of(4096, 32, 1, 3968), 15, precision)
+    module.compensate(weight, error, rows, *grid_of(4096, 32, 1, 3968), qmax, precision)
 
 
 def downdate(module: ModuleType, precision: str) -> None:
@@ -194,10 +203,10 @@ def accumulate_depthwise(module: ModuleType, dtype: torch.dtype, precision: str)
     module.accumulate_hessian(meta(64, 9, 9), inputs, window, precision)
 
 
-def solve_rows(module: ModuleType, columns: int) -> None:
+def solve_rows(module: ModuleType, columns: int, qmax: int | Codebook = 15) -> None:
     scale, zero_point, group = grid_of(256, 4, 256, columns)
     inverse = meta(256, columns, columns)
-    module.solve_rows(meta(256, columns), inverse, scale[0], zero_point[0], group, 15, steps=32)
+    module.solve_rows(meta(256, columns), inverse, scale[0], zero_point[0], group, qmax, steps=32)
 
 
 def packed_weight(bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,9 +236,13 @@ CASES: dict[str, dict[str, Callable[[ModuleType, str], None]]] = {
         "absmax symmetric": lambda module, _: quantize_groups(module, True, (1.0,)),
         "mse": lambda module, _: quantize_groups(module, False, MSE_SHRINK),
         "mse symmetric": lambda module, _: quantize_groups(module, True, MSE_SHRINK),
-        "weighted": lambda module, _: quantize_groups(module, False, MSE_SHRINK, True),
+        "weighted": lambda module, _: quantize_groups(module, False, MSE_SHRINK, weighted=True),
+        "mse codebook": lambda module, _: quantize_groups(module, True, MSE_SHRINK, NF4),
     },
-    "column_sensitivity": {"": lambda module, _: column_sensitivity(module)},
+    "column_sensitivity": {
+        "": lambda module, _: column_sensitivity(module),
+        "codebook": lambda module, _: column_sensitivity(module, NF4),
+    },
     "solve_columns": {
         "tile": lambda module, precision: solve_columns(module, TILE, 32, precision),
         "tile one group": lambda module, precision: solve_columns(module, TILE, 1, precision),
@@ -239,9 +252,11 @@ CASES: dict[str, dict[str, Callable[[ModuleType, str], None]]] = {
         "ragged": lambda module, precision: solve_columns(module, COLUMNS + 4, 1, precision),
         # what the solver would launch on the last tile: the most registers
         "ragged pruned": lambda module, p: solve_columns(module, TILE - 2, 6, p, sparse=True),
+        "codebook": lambda module, precision: solve_columns(module, COLUMNS, 32, precision, NF4),
     },
     "compensate": {
         "": compensate,
+        "codebook": lambda module, precision: compensate(module, precision, NF4),
         "ieee": lambda module, _: compensate(module, "ieee"),
     },
     "downdate": {
@@ -261,6 +276,7 @@ CASES: dict[str, dict[str, Callable[[ModuleType, str], None]]] = {
     "solve_rows": {
         "128 columns": lambda module, _: solve_rows(module, 128),
         "2048 columns": lambda module, _: solve_rows(module, 2048),
+        "codebook": lambda module, _: solve_rows(module, 2048, NF4),
     },
     "dequantize_packed": {
         "3 bits": lambda module, _: dequantize_packed(module, 3),

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import parameters
-from .rounding import to_code, to_value
+from .rounding import constants, nearest
 
 
 @triton.jit
@@ -26,6 +26,7 @@ def _column_sensitivity_kernel(
     R,
     F,
     qmax,
+    CODEBOOK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +45,8 @@ def _column_sensitivity_kernel(
         w = tl.load(w_ptrs, mask=mask, other=0.0)
         scale = tl.load(s_ptrs, mask=mask, other=1.0)
         zero_point = tl.load(z_ptrs, mask=mask, other=0.0)
-        delta = to_value(to_code(w, scale, zero_point, qmax), scale, zero_point) - w
+        _, value = nearest(w, scale, zero_point, qmax, CODEBOOK)
+        delta = value - w
         total += delta * delta
     diagonal = tl.load(
         diagonal_ptr + batch * stride_db + cols * stride_df, mask=col_mask, other=1.0
@@ -54,7 +56,7 @@ def _column_sensitivity_kernel(
 
 
 def column_sensitivity(
-    weight: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, diagonal: Tensor, qmax: int
+    weight: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, diagonal: Tensor, qmax
 ) -> Tensor:
     """weight [B, R, F], scale, zero_point [B, R, G], group, diagonal [B, F]  ->  float32 [B, F]"""
     B, R, F = weight.shape
@@ -70,7 +72,7 @@ def column_sensitivity(
             cost, *cost.stride(),
             R,
             F,
-            float(qmax),
+            *constants(qmax),
             **blocks,
         )  # fmt: skip
     return cost

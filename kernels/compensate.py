@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import parameters
-from .rounding import to_code, to_value
+from .rounding import constants, nearest
 
 
 @triton.jit
@@ -30,6 +30,7 @@ def _compensate_kernel(
     F,
     T,
     qmax,
+    CODEBOOK: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -57,7 +58,8 @@ def _compensate_kernel(
     z_ptrs = zero_point_ptr + batch * stride_zb + r[None, :] * stride_zr + group * stride_zg
     scale = tl.load(s_ptrs, mask=mask, other=1.0)
     zero_point = tl.load(z_ptrs, mask=mask, other=0.0)
-    delta = to_value(to_code(w, scale, zero_point, qmax), scale, zero_point) - w
+    _, value = nearest(w, scale, zero_point, qmax, CODEBOOK)
+    delta = value - w
     cost = tl.sum(tl.where(mask, delta * delta, 0.0), axis=1)
     c_ptrs = cost_ptr + batch * stride_cb + tl.program_id(1).to(tl.int64) * stride_cp
     tl.store(c_ptrs + f * stride_cf, cost, mask=f < F)
@@ -70,7 +72,7 @@ def compensate(
     scale: Tensor,
     zero_point: Tensor,
     group: Tensor,
-    qmax: int,
+    qmax,
     precision: str,
 ) -> Tensor:
     """weight [B, R, F] in place, error [B, R, T], rows [B, T, F], scale, zero_point [B, R, G],
@@ -91,7 +93,7 @@ def compensate(
             R,
             F,
             error.shape[2],
-            float(qmax),
+            *constants(qmax),
             PRECISION=precision,
             **blocks,
         )  # fmt: skip

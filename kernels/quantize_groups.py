@@ -1,8 +1,9 @@
 """Round each group of columns to a grid of its own, with a search for the scale.
 
-    symmetric:   full = max|w| / (qmax / 2)              zero_point = (qmax + 1) / 2
+    symmetric:   full = max|w| / half_range              zero_point = (qmax + 1) / 2
     asymmetric:  low, high = min(w, 0), max(w, 0)
                  full = (high - low) / qmax              zero_point = round(-low / full)
+    codebook:    full = max|w| / half_range              zero_point = 0, symmetric only
     scale = full * fraction of least sum importance (Q(w) - w)**2, the first of equals
     codes = clamp(round(w / scale) + zero_point, 0, qmax)
 
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import parameters
-from .rounding import round_half_even, to_code, to_value
+from .rounding import constants, nearest, round_half_even
 
 
 @triton.jit
@@ -28,7 +29,9 @@ def _quantize_groups_kernel(
     scale_ptr, zero_point_ptr, stride_sb, stride_sr, stride_sg,  # [B, R, G] float32
     R,
     group_size,
+    half_range,
     qmax,
+    CODEBOOK: tl.constexpr,
     N_SHRINK: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     WEIGHTED: tl.constexpr,  # by importance; else it counts as 1
@@ -55,9 +58,9 @@ def _quantize_groups_kernel(
     low, high = tl.min(lows, axis=1), tl.max(highs, axis=1)  # [BLOCK_R]
     top = tl.zeros([BLOCK_R], dtype=tl.float32) + qmax
     if SYMMETRIC:
-        full = tl.div_rn(tl.maximum(high, -low), top * 0.5)
+        full = tl.div_rn(tl.maximum(high, -low), tl.zeros_like(top) + half_range)
         full = tl.where(full == 0.0, 1.0, full)
-        zero_point = (top + 1.0) * 0.5
+        zero_point = (top + 1.0) * 0.5 if CODEBOOK is None else tl.zeros_like(top)
     else:
         full = tl.div_rn(high - low, top)
         full = tl.where(full == 0.0, 1.0, full)
@@ -78,7 +81,8 @@ def _quantize_groups_kernel(
                 w = w.to(tl.float32)
                 s = tl.broadcast_to(trial[:, None], w.shape)
                 z = tl.broadcast_to(zero_point[:, None], w.shape)
-                delta = to_value(to_code(w, s, z, qmax), s, z) - w
+                _, value = nearest(w, s, z, qmax, CODEBOOK)
+                delta = value - w
                 cost = delta * delta
                 if WEIGHTED:
                     i_ptrs = importance_ptr + batch * stride_ib + cols * stride_ic
@@ -98,7 +102,8 @@ def _quantize_groups_kernel(
         codes = (
             codes_ptr + batch * stride_cb + rows[:, None] * stride_cr + cols[None, :] * stride_cc
         )
-        tl.store(codes, to_code(w, s, z, qmax).to(tl.uint8), mask=mask)
+        code, _ = nearest(w, s, z, qmax, CODEBOOK)
+        tl.store(codes, code.to(tl.uint8), mask=mask)
     offsets = batch * stride_sb + rows * stride_sr + group * stride_sg
     tl.store(scale_ptr + offsets, scale, mask=row_mask)
     tl.store(zero_point_ptr + offsets, zero_point, mask=row_mask)
@@ -107,7 +112,7 @@ def _quantize_groups_kernel(
 def quantize_groups(
     weight: Tensor,
     group_size: int,
-    qmax: int,
+    qmax,
     symmetric: bool,
     shrink: tuple[float, ...],
     importance: Tensor | None = None,
@@ -132,7 +137,8 @@ def quantize_groups(
             scale, zero_point, *scale.stride(),
             R,
             group_size,
-            float(qmax),
+            qmax / 2 if isinstance(qmax, int) else qmax.half_range,
+            *constants(qmax),
             N_SHRINK=len(shrink),
             SYMMETRIC=symmetric,
             WEIGHTED=importance is not None,

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import parameters
-from .rounding import to_code, to_value
+from .rounding import constants, nearest
 
 SUB = 16  # more columns in registers cost more compile time than they save
 
@@ -64,6 +64,7 @@ def _solve_columns_kernel(
     R,
     C,
     qmax,
+    CODEBOOK: tl.constexpr,
     EVEN: tl.constexpr,  # SUB divides C
     GROUPS: tl.constexpr,  # more than one
     PRUNED: tl.constexpr,
@@ -149,13 +150,14 @@ def _solve_columns_kernel(
                     f_ptr = f_ptrs + j * stride_fj + i * stride_fk
                     f = tl.load(f_ptr, mask=EVEN | (start + i < C), other=0.0)
                     running += errors[j] * f
-                code = to_code(running, scales[i], zero_points[i], qmax)
+                code, value = nearest(running, scales[i], zero_points[i], qmax, CODEBOOK)
                 if PRUNED:
                     at = i if EVEN else tl.minimum(i, C - 1 - start)
-                    pruned = tl.load(p_ptrs + at * stride_pc)
-                    code = tl.where(pruned != 0, zero_points[i], code)
+                    pruned = tl.load(p_ptrs + at * stride_pc) != 0
+                    code = tl.where(pruned, zero_points[i], code)
+                    value = tl.where(pruned, 0.0, value)
                 codes = codes + (code,)
-                errors = errors + (target[i] - to_value(code, scales[i], zero_points[i]),)
+                errors = errors + (target[i] - value,)
             for i in tl.static_range(SUB):
                 tl.store(exchange_rows + (2 * SUB + i) * BLOCK_R, codes[i])
                 tl.store(exchange_rows + (3 * SUB + i) * BLOCK_R, errors[i])
@@ -173,7 +175,7 @@ def solve_columns(
     scale: Tensor,
     zero_point: Tensor,
     group: Tensor,
-    qmax: int,
+    qmax,
     precision: str,
     pruned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -202,7 +204,7 @@ def solve_columns(
             exchange,
             R,
             C,
-            float(qmax),
+            *constants(qmax),
             EVEN=C % SUB == 0,
             GROUPS=scale.shape[2] > 1,
             PRUNED=pruned is not None,

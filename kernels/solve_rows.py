@@ -5,6 +5,8 @@
     v     = A_j / sqrt(A_jj),   A_j = inverse_j - sum_m v_m[j] v_m over the steps of this call
     w    -= (w_j - Q(w_j)) / sqrt(A_jj) * v,    A -= v v^T
 
+With a codebook, half its widest step takes the place of 1/2, whose square is 1/4.
+
 One program per row. Equal to `sapq_triton.reference.solve_rows` up to the order of the sum over m:
 the same choices unless two columns are that close.
 """
@@ -15,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import parameters
-from .rounding import to_code, to_value
+from .rounding import constants, nearest
 
 
 @triton.jit
@@ -33,6 +35,8 @@ def _solve_rows_kernel(
     F,
     steps,
     qmax,
+    CODEBOOK: tl.constexpr,
+    LIMIT: tl.constexpr,  # of the error on the grid, by scale**2
     BLOCK_F: tl.constexpr,  # at least the number of threads: a column belongs to one thread
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -62,10 +66,11 @@ def _solve_rows_kernel(
             group = tl.load(group_ptr + c * stride_gf, mask=inside, other=0)
             scale = tl.load(scale_ptr + group * stride_sg, mask=inside, other=1.0)
             zero_point = tl.load(zero_point_ptr + group * stride_zg, mask=inside, other=0.0)
-            delta = w - to_value(to_code(w, scale, zero_point, qmax), scale, zero_point)
+            _, value = nearest(w, scale, zero_point, qmax, CODEBOOK)
+            delta = w - value
             error = tl.where(open_, delta * delta, -1.0)
             cost = tl.where(open_, tl.div_rn(error, diagonal), float("inf"))
-            outliers += tl.sum((error > scale * scale * 0.25).to(tl.int32))
+            outliers += tl.sum((error > scale * scale * LIMIT).to(tl.int32))
             low, high = tl.min(cost), tl.max(error)
             # ties go to the lowest column
             j_low = tl.min(tl.where(cost == low, c, F))
@@ -84,8 +89,8 @@ def _solve_rows_kernel(
         group_j = tl.load(group_ptr + j * stride_gf)
         scale_j = tl.load(scale_ptr + group_j * stride_sg)
         zero_point_j = tl.load(zero_point_ptr + group_j * stride_zg)
-        code = to_code(w_j, scale_j, zero_point_j, qmax)
-        delta_j = tl.div_rn(w_j - to_value(code, scale_j, zero_point_j), root)
+        code, value_j = nearest(w_j, scale_j, zero_point_j, qmax, CODEBOOK)
+        delta_j = tl.div_rn(w_j - value_j, root)
         tl.store(picked_ptr + row * stride_pn + step * stride_ps, j)
         tl.store(codes_ptr + row * stride_cn + step * stride_cs, code.to(tl.uint8))
         # all have read column j before its owner writes it
@@ -118,7 +123,7 @@ def solve_rows(
     scale: Tensor,
     zero_point: Tensor,
     group: Tensor,
-    qmax: int,
+    qmax,
     steps: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """weight [N, F] in place, inverse [N, F, F], scale, zero_point [N, G], group [N, F]
@@ -145,7 +150,8 @@ def solve_rows(
             rows, *rows.stride(),
             F,
             steps,
-            float(qmax),
+            *constants(qmax),
+            LIMIT=0.25 if isinstance(qmax, int) else qmax.half_step**2,
             BLOCK_F=max(64 * num_warps, min(blocks["BLOCK_F"], triton.next_power_of_2(F))),
             num_warps=num_warps,
         )  # fmt: skip

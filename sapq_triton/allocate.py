@@ -39,8 +39,7 @@ class LayerCurve:
     def bytes(self, spec: QuantSpec) -> float:
         """As `LayerReport.bytes`."""
         problems, rows, columns = self.shape
-        groups = columns // spec.columns_per_group(columns)
-        return packed_bytes(self.weights, problems * rows * groups, spec)
+        return packed_bytes(problems * rows, columns, spec)
 
 
 @dataclass(frozen=True)

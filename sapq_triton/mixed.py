@@ -45,8 +45,8 @@ class RowBitsResult:
     report: SolveReport
 
     def dequantize(self) -> Tensor:
-        """(codes - zero_point) * scale, float32 [..., R, C]"""
-        return dequantize(self.codes, self.scale, self.zero_point)
+        """(codes - zero_point) * scale, or that of the codebook; float32 [..., R, C]"""
+        return dequantize(self.codes, self.scale, self.zero_point, self.spec.levels)
 
 
 def solve_row_bits(
@@ -125,8 +125,8 @@ class FloatColumnsResult:
         return (self.spec.bits * (columns - kept) + width * kept) / columns
 
     def dequantize(self) -> Tensor:
-        """(codes - zero_point) * scale, kept columns in their places; float32 [..., R, C]"""
-        quantized = dequantize(self.codes, self.scale, self.zero_point)
+        """As of `SolveResult`, kept columns in their places; float32 [..., R, C]"""
+        quantized = dequantize(self.codes, self.scale, self.zero_point, self.spec.levels)
         where = self.columns[..., None, :].expand(self.kept.shape)
         return quantized.scatter_(-1, where, self.kept.float())
 
@@ -235,8 +235,8 @@ def _sensitivity(weight: Tensor, inverse: Tensor, spec: QuantSpec, backend: ops.
     B, _, C = weight.shape
     size = spec.columns_per_group(C)
     _, scale, zero_point = ops.quantize_groups(
-        weight, size, spec.qmax, spec.symmetric, spec.shrink, backend=backend
+        weight, size, spec.levels, spec.symmetric, spec.shrink, backend=backend
     )
     group = (torch.arange(C, device=weight.device) // size).expand(B, C)
     diagonal = inverse.diagonal(dim1=1, dim2=2).float()
-    return ops.column_sensitivity(weight, scale, zero_point, group, diagonal, spec.qmax, backend)
+    return ops.column_sensitivity(weight, scale, zero_point, group, diagonal, spec.levels, backend)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .codebook import Codebook
 from .ops import Backend, Precision
 from .tile import bring_both_forward, bring_forward, to_front
 
@@ -20,7 +21,7 @@ def solve_obq(
     inverse: Tensor,
     scale: Tensor,
     zero_point: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
     block: int,
     precision: Precision,
     backend: Backend,
@@ -50,7 +51,7 @@ def _solve_chunk(
     shared: Tensor,
     scale: Tensor,
     zero_point: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
     block: int,
     precision: Precision,
     backend: Backend,

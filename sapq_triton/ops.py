@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .codebook import Codebook
 from .packing import words
 from .window import Window
 
@@ -89,7 +90,7 @@ def _check_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor
 def quantize_groups(
     weight: Tensor,
     group_size: int,
-    qmax: int,
+    qmax: int | Codebook,
     symmetric: bool,
     shrink: tuple[float, ...],
     importance: Tensor | None = None,
@@ -99,6 +100,8 @@ def quantize_groups(
     batch, _, columns = _check_weight(weight)
     if group_size < 1 or columns % group_size:
         raise ValueError(f"group_size {group_size} does not divide {columns} columns")
+    if isinstance(qmax, Codebook) and not symmetric:
+        raise ValueError("a codebook has no zero point: symmetric must be True, got False")
     if importance is not None:
         _check("importance", importance, (batch, columns), weight)
     implementation = _quantize_groups if uses_triton(weight, backend) else reference
@@ -111,7 +114,7 @@ def column_sensitivity(
     zero_point: Tensor,
     group: Tensor,
     diagonal: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
     backend: Backend = "auto",
 ) -> Tensor:
     """Cost of rounding each column now; see `reference.column_sensitivity`."""
@@ -129,7 +132,7 @@ def solve_columns(
     scale: Tensor,
     zero_point: Tensor,
     group: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
     precision: Precision = "tf32x3",
     backend: Backend = "auto",
     pruned: Tensor | None = None,
@@ -156,7 +159,7 @@ def compensate(
     scale: Tensor,
     zero_point: Tensor,
     group: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
     precision: Precision = "tf32x3",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -229,7 +232,7 @@ def solve_rows(
     scale: Tensor,
     zero_point: Tensor,
     group: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
     steps: int,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:

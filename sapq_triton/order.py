@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .codebook import Codebook
 from .hessian import damped, inverse
 from .ops import Backend
 from .spec import Order
@@ -18,7 +19,7 @@ def static_order(
     damp: float,
     scale: Tensor,
     zero_point: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
     """weight [B, R, C], hessian [B, C, C]  ->  columns int64 [B, C], solved bool [B]"""

@@ -33,7 +33,8 @@ class PackedWeight(nn.Module):
 
     weight_dtype: of the weight that is computed; `.half()` and `.to(dtype)` change it.
 
-    ValueError for a group size that does not divide the columns, and for a state of another dtype.
+    ValueError for a group size that does not divide the columns, a spec that `check_spec` refuses,
+    and for a state of another dtype.
     """
 
     spec: QuantSpec
@@ -156,12 +157,26 @@ def obstacle(module: Layer) -> str | None:
     return None
 
 
+def check_spec(spec: QuantSpec) -> None:
+    """ValueError for a spec whose codes or scales packed layers do not hold."""
+    if spec.codebook != "int":
+        raise ValueError(
+            f"packed layers hold integers, not the levels of codebook {spec.codebook!r}"
+        )
+    if spec.scale_dtype in ("power-of-two", "uint8"):
+        raise ValueError(
+            "packed layers hold scales of float32, float16 or bfloat16, not scale_dtype "
+            f"{spec.scale_dtype!r}"
+        )
+
+
 def pack_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensors:
     """The buffers of a packed layer.
 
     codes uint8 [R, C], scale and zero_point [R, G] of any dtype; all may have the groups of a
     convolution as one more axis in front. ValueError where they do not fit spec.
     """
+    check_spec(spec)
     codes, scale, zero_point = (
         tensor.flatten(0, -2) if tensor.ndim > 2 else tensor
         for tensor in (codes, scale, zero_point)
@@ -220,6 +235,7 @@ def _hold(module: Layer, spec: QuantSpec, tensors: Tensors) -> None:
 
 def _empty(shape: tuple[int, int, int], spec: QuantSpec, device: torch.device) -> Tensors:
     """Buffers of a layer of [groups, R, C]."""
+    check_spec(spec)
     R, C = shape[0] * shape[1], shape[2]
     G = C // spec.columns_per_group(C)
     qweight, qzeros = (

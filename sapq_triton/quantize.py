@@ -143,6 +143,7 @@ def quantize(
         raise ValueError(f"no layer to quantize; left out: {skipped or 'none found'}")
     if pack:
         for target in targets.values():
+            packed.check_spec(target.spec)
             if reason := packed.obstacle(target.module):
                 target.notes.append(f"not packed: {reason}")
     run = _Run(

@@ -3,6 +3,9 @@
 Shapes: B problems of one shape (groups of a convolution, experts), R rows (out features), C columns
 (in features), G groups of columns, T columns of a tile, F columns still unquantized. Floating point
 arguments may be float32 or float64; nothing here checks its arguments (`ops` does).
+
+A grid is scale, zero_point and qmax, the largest code; where a codebook stands in place of qmax,
+code and value are those of `Codebook`, and the zero point counts for nothing.
 """
 
 import math
@@ -12,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .codebook import Codebook
 from .packing import unpack
 from .window import Window
 
@@ -20,13 +24,28 @@ COST_ELEMENTS = 2**16  # weights whose rounding is tried at a time
 PATCH_ELEMENTS = 2**20  # unfolded inputs of a convolution held at a time
 
 
-def to_code(w: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Tensor:
+def to_code(w: Tensor, scale: Tensor, zero_point: Tensor, qmax: int | Codebook) -> Tensor:
     """clamp(round(w / scale) + zero_point, 0, qmax), ties to even; as floating point."""
-    return (w / scale).round_().add_(zero_point).clamp_(0, qmax)
+    x = w / scale
+    if isinstance(qmax, Codebook):
+        # one comparison after another, in memory that is reused: faster than a binary search
+        rank, above = torch.zeros_like(x), torch.empty_like(x)
+        for bound in qmax.bounds:
+            rank += torch.gt(x, bound, out=above)
+        return _look_up(qmax.ascending, rank)
+    return x.round_().add_(zero_point).clamp_(0, qmax)
 
 
-def to_value(code: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+def to_value(code: Tensor, scale: Tensor, zero_point: Tensor, qmax: int | Codebook) -> Tensor:
+    if isinstance(qmax, Codebook):
+        return _look_up(qmax.levels, code).mul_(scale)
     return (code - zero_point) * scale
+
+
+def _look_up(table: tuple[float, ...], index: Tensor) -> Tensor:
+    """table[index], in the shape and dtype of index, which is floating point"""
+    values = torch.tensor(table, dtype=index.dtype, device=index.device)
+    return values.index_select(0, index.int().flatten()).view(index.shape)
 
 
 def per_column(grid: Tensor, group: Tensor) -> Tensor:
@@ -39,7 +58,7 @@ def per_column(grid: Tensor, group: Tensor) -> Tensor:
 def quantize_groups(
     weight: Tensor,
     group_size: int,
-    qmax: int,
+    qmax: int | Codebook,
     symmetric: bool,
     shrink: tuple[float, ...],
     importance: Tensor | None = None,
@@ -51,6 +70,7 @@ def quantize_groups(
         symmetric:   scale = max|w| / (qmax / 2)           zero_point = (qmax + 1) / 2
         asymmetric:  low, high = min(w, 0), max(w, 0)
                      scale = (high - low) / qmax           zero_point = round(-low / scale)
+        codebook:    scale = max|w| / max|level|           zero_point = 0, symmetric only
 
     weight [B, R, C], importance [B, C]  ->  codes uint8 [B, R, C], scale, zero_point
     [B, R, C / group_size]. A group whose scale is zero (all weights zero) gets scale 1.
@@ -74,25 +94,36 @@ def quantize_groups(
 
 
 def _search_grid(
-    w: Tensor, qmax: int, symmetric: bool, shrink: tuple[float, ...], cost: Tensor | None
+    w: Tensor,
+    qmax: int | Codebook,
+    symmetric: bool,
+    shrink: tuple[float, ...],
+    cost: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """w, cost [group_size, N]  ->  scale, zero_point [N]"""
+    if isinstance(qmax, Codebook):
+        half_range, middle, top = qmax.half_range, 0, 0
+    else:
+        half_range, middle, top = qmax / 2, (qmax + 1) // 2, qmax
     if symmetric:
-        full = w.abs().amax(0) / (qmax / 2)
+        full = w.abs().amax(0) / half_range
         full = torch.where(full == 0, 1.0, full)
-        zero_point = torch.full_like(full, (qmax + 1) // 2)
+        zero_point = torch.full_like(full, middle)
     else:
         low = w.amin(0).clamp_(max=0)
-        full = (w.amax(0).clamp_(min=0) - low) / qmax
+        full = (w.amax(0).clamp_(min=0) - low) / top
         full = torch.where(full == 0, 1.0, full)
         zero_point = (-low / full).round_()
     if len(shrink) == 1:
         return full * shrink[0], zero_point
     best, value = torch.full_like(full, torch.inf), torch.empty_like(w)
-    scale, low, high = full, -zero_point, qmax - zero_point
+    scale, low, high = full, -zero_point, top - zero_point
     for fraction in torch.tensor(shrink, dtype=w.dtype, device=w.device).unbind():
         trial = full * fraction
-        torch.div(w, trial, out=value).round_().clamp_(low, high)
+        if isinstance(qmax, Codebook):
+            value = _look_up(qmax.levels, to_code(w, trial, zero_point, qmax))
+        else:
+            torch.div(w, trial, out=value).round_().clamp_(low, high)
         torch.addcmul(w, value, trial, value=-1, out=value).square_()
         error = (value if cost is None else value.mul_(cost)).sum(0)
         better = error < best
@@ -102,7 +133,12 @@ def _search_grid(
 
 
 def column_sensitivity(
-    weight: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, diagonal: Tensor, qmax: int
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor,
+    diagonal: Tensor,
+    qmax: int | Codebook,
 ) -> Tensor:
     """S_c = sum_r (w_rc - Q(w_rc))**2 / A_cc: what rounding column c now would cost.
 
@@ -113,14 +149,19 @@ def column_sensitivity(
 
 
 def _rounding_cost(
-    weight: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, qmax: int
+    weight: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, qmax: int | Codebook
 ) -> Tensor:
     B, R, _ = weight.shape
     step = max(1, COST_ELEMENTS // (B * R))
     parts = []
     for w, g in zip(weight.split(step, 2), group.split(step, 1), strict=True):
         s, z = per_column(scale, g), per_column(zero_point, g)
-        parts.append(to_code(w, s, z, qmax).sub_(z).mul_(s).sub_(w).square_().sum(1))
+        value = to_code(w, s, z, qmax)
+        if isinstance(qmax, Codebook):
+            value = to_value(value, s, z, qmax)
+        else:
+            value.sub_(z).mul_(s)
+        parts.append(value.sub_(w).square_().sum(1))
     return torch.cat(parts, 1)
 
 
@@ -131,7 +172,7 @@ def solve_columns(
     scale: Tensor,
     zero_point: Tensor,
     group: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
     pruned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantize columns one after another, all rows in parallel.
@@ -158,7 +199,8 @@ def solve_columns(
     f, code, e, w, steps = (t[0].numpy() if B == 1 else t.numpy() for t in tensors)
     errors, targets, step_of = (t if B == 1 else t.swapaxes(0, 1) for t in (e, w, steps))
     s, z = _columns(scale).numpy(), _columns(zero_point).numpy()  # [B, G, R]
-    grids = s, z, -z, qmax - z
+    grids = s, z, -z, (0 if isinstance(qmax, Codebook) else qmax) - z
+    tables = _tables(qmax, e.dtype) if isinstance(qmax, Codebook) else None
     g = group.cpu().numpy()
     zeros = None
     if pruned is not None:
@@ -191,16 +233,30 @@ def solve_columns(
                 else:
                     scale_k, zero_k, low, high = (grid[each, g[:, k]] for grid in grids)
                 np.divide(error_k, scale_k, step)
-                np.rint(step, step)
-                np.maximum(step, low, out=step)
-                np.minimum(step, high, out=step)  # code - zero_point
-                if zeros is not None:
-                    np.copyto(step, 0, where=zeros[k])
-                np.multiply(step, scale_k, value)
+                if tables is None:
+                    np.rint(step, step)
+                    np.maximum(step, low, out=step)
+                    np.minimum(step, high, out=step)  # code - zero_point
+                    if zeros is not None:
+                        np.copyto(step, 0, where=zeros[k])
+                    np.multiply(step, scale_k, value)
+                    np.add(step, zero_k, step)
+                else:
+                    bounds, code_of, level_of = tables
+                    rank = bounds.searchsorted(step)
+                    np.multiply(level_of[rank], scale_k, value)
+                    step[...] = code_of[rank]
                 np.subtract(targets[k], value, error_k)
-                np.add(step, zero_k, step)
             code[..., start:end, :] = steps[..., : end - start, :]
     return codes.mT.to(weight.device), error.mT.to(weight.device)
+
+
+def _tables(book: Codebook, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bounds of ranks, and code and level of each. NaN ranks behind infinity: its level is NaN."""
+    levels = [*(book.levels[code] for code in book.ascending), np.nan]
+    tables = (*book.bounds, np.inf), (*book.ascending, 0), levels
+    bounds, code_of, level_of = (np.array(table, dtype) for table in tables)
+    return bounds, code_of, level_of
 
 
 def _halves(start: int, end: int) -> Iterator[tuple[int, int, int]]:
@@ -227,7 +283,7 @@ def compensate(
     scale: Tensor,
     zero_point: Tensor,
     group: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
 ) -> Tensor:
     """W_F -= E V, in place: the remaining weights take up the error of a tile.
 
@@ -267,7 +323,7 @@ def solve_rows(
     scale: Tensor,
     zero_point: Tensor,
     group: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
     steps: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`steps` greedy steps of exact OBQ, each row with an order and an inverse of its own.
@@ -277,16 +333,16 @@ def solve_rows(
         v     = A_j / sqrt(A_jj)
         w    -= (w_j - Q(w_j)) / sqrt(A_jj) * v,    A -= v v^T
 
-    (Frantar & Alistarh 2022, arXiv 2208.11580, algorithm 3 and its outlier rule). The downdates of
-    A are not written: A_j = inverse_j - sum_m v_m[j] v_m over the steps of this call, and the
-    diagonal is kept.
+    (Frantar & Alistarh 2022, arXiv 2208.11580, algorithm 3 and its outlier rule, whose limit is the
+    square of half a step: with a codebook, of its widest). The downdates of A are not written:
+    A_j = inverse_j - sum_m v_m[j] v_m over the steps of this call, and the diagonal is kept.
 
     weight [N, F] (in place), inverse [N, F, F] of each row, scale, zero_point [N, G],
     group int64 [N, F]  ->  picked int64 [N, steps], codes uint8 [N, steps], rows v [N, steps, F]
     """
     N, F = weight.shape
     s, z = (t.expand(N, F) if t.shape[1] == 1 else t.gather(1, group) for t in (scale, zero_point))
-    limit = s.square() / 4
+    limit = s.square() * (qmax.half_step**2 if isinstance(qmax, Codebook) else 0.25)
     diagonal = inverse.diagonal(dim1=1, dim2=2).clone()
     rows = weight.new_zeros(N, steps, F)
     picked = torch.empty(N, steps, dtype=torch.int64, device=weight.device)
@@ -295,7 +351,7 @@ def solve_rows(
     done = torch.zeros(N, F, dtype=torch.bool, device=weight.device)
     for step in range(steps):
         code = to_code(weight, s, z, qmax)
-        error = (weight - to_value(code, s, z)).square_().masked_fill_(done, -1)
+        error = (weight - to_value(code, s, z, qmax)).square_().masked_fill_(done, -1)
         outlier = (error > limit).any(1)
         score = (error / diagonal).masked_fill_(done, torch.inf)
         j = torch.where(outlier, error.argmax(1), score.argmin(1))
@@ -304,7 +360,8 @@ def solve_rows(
         root = diagonal[each, j].sqrt()
         v /= root[:, None]
         picked[:, step], codes[:, step] = j, code[each, j]
-        delta = (weight[each, j] - to_value(code[each, j], s[each, j], z[each, j])) / root
+        value = to_value(code[each, j], s[each, j], z[each, j], qmax)
+        delta = (weight[each, j] - value) / root
         weight -= delta[:, None] * v
         diagonal -= v.square()
         rows[:, step] = v
@@ -331,7 +388,8 @@ def dequantize_packed(
     else:
         zero_point = unpack(qzeros, bits, G).float()
     codes = unpack(qweight, bits, columns).float().unflatten(1, (G, -1))
-    return to_value(codes, scale.float()[..., None], zero_point[..., None]).flatten(1).to(dtype)
+    grid = scale.float()[..., None], zero_point[..., None], 2**bits - 1
+    return to_value(codes, *grid).flatten(1).to(dtype)
 
 
 def matmul_packed(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .codebook import Codebook
 from .hessian import permuted
 from .ops import Backend, Precision
 from .result import dequantize, row_errors
@@ -22,7 +23,7 @@ def sweep(
     scale: Tensor,
     zero_point: Tensor,
     columns: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
     precision: Precision,
     backend: Backend,
     pruned: Tensor | None = None,
@@ -51,18 +52,23 @@ def sweep(
 
 
 def refit_scales(
-    weight: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor
+    weight: Tensor,
+    hessian: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmax: int | Codebook,
 ) -> Tensor:
     """The scales of least error for given codes: least squares in the G scales of a row.
 
-        sum_h (z_g H z_h^T) s_h = z_g H w^T,    z_g = code - zero_point in group g, 0 elsewhere
+        sum_h (z_g H z_h^T) s_h = z_g H w^T,    z_g = value / scale in group g, 0 elsewhere
 
     weight [B, R, C], hessian [B, C, C]  ->  [B, R, G]; a row whose system has no positive solution
     keeps its scales.
     """
     B, R, C = weight.shape
     G = scale.shape[2]
-    z = (codes.float().unflatten(2, (G, -1)) - zero_point[..., None]).flatten(2)
+    z = dequantize(codes, torch.ones_like(scale), zero_point, qmax).to(weight)
 
     def per_group(products: Tensor) -> Tensor:
         return products.unflatten(2, (G, -1)).sum(3)
@@ -90,7 +96,7 @@ def refine(
     scale: Tensor,
     zero_point: Tensor,
     columns: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
     *,
     rounds: int,
     snap: Callable[[Tensor], Tensor] | None,
@@ -108,15 +114,15 @@ def refine(
     pruned = None
     if sparse:
         pruned = (codes.unflatten(2, (scale.shape[2], -1)) == zero_point[..., None]).flatten(2)
-    least = row_errors(weight, hessian, dequantize(codes, scale, zero_point))
+    least = row_errors(weight, hessian, dequantize(codes, scale, zero_point, qmax))
     for _ in range(rounds):
         if snap is not None:
-            scale = snap(refit_scales(weight, hessian, codes, scale, zero_point))
-        quantized = dequantize(codes, scale, zero_point)
+            scale = snap(refit_scales(weight, hessian, codes, scale, zero_point, qmax))
+        quantized = dequantize(codes, scale, zero_point, qmax)
         codes = sweep(
             weight, hessian, quantized, scale, zero_point, columns, qmax, precision, backend, pruned
         )
-        error = row_errors(weight, hessian, dequantize(codes, scale, zero_point))
+        error = row_errors(weight, hessian, dequantize(codes, scale, zero_point, qmax))
         better = (error < least)[..., None]
         least = error.minimum(least)
         kept = torch.where(better, codes, kept[0]), torch.where(better, scale, kept[1])

@@ -9,10 +9,18 @@ from .result import dequantize, share_of_zeros
 from .spec import Order, QuantSpec
 
 
-def packed_bytes(weights: int, scales: int, spec: QuantSpec) -> float:
-    """Size of packed codes, float16 scales and packed zero points (none where symmetric)."""
-    grid = scales * (2 if spec.symmetric else 2 + spec.bits / 8)
-    return weights * spec.bits / 8 + grid
+def packed_bytes(rows: int, columns: int, spec: QuantSpec) -> float:
+    """Size of packed codes, of packed zero points (none where symmetric), and of scales: of a byte
+    for "power-of-two" and "uint8", the latter with a float16 number per row, else float16.
+    """
+    scales = rows * (columns // spec.columns_per_group(columns))
+    size = rows * columns * spec.bits / 8
+    size += scales * (1 if spec.scale_dtype in ("power-of-two", "uint8") else 2)
+    if spec.scale_dtype == "uint8":
+        size += rows * 2
+    if not spec.symmetric:
+        size += scales * spec.bits / 8
+    return size
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class LayerReport:
 
     def dequantize(self) -> Tensor:
         """The quantized weight as a batch of matrices, float32 [B, R, C], on the CPU."""
-        return dequantize(self.codes, self.scale, self.zero_point)
+        return dequantize(self.codes, self.scale, self.zero_point, self.spec.levels)
 
     @property
     def relative_error(self) -> float:
@@ -62,8 +70,9 @@ class LayerReport:
 
     @property
     def bytes(self) -> float:
-        """Size of packed codes, float16 scales and packed zero points (none where symmetric)."""
-        return packed_bytes(self.codes.numel(), self.scale.numel(), self.spec)
+        """Of codes, scales and zero points, see `packed_bytes`."""
+        _, rows, columns = self.codes.shape
+        return packed_bytes(len(self.codes) * rows, columns, self.spec)
 
 
 @dataclass(frozen=True)

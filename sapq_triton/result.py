@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import reference
+from .codebook import Codebook
 from .spec import Order, QuantSpec
 
 MEASURED_ELEMENTS = 2**17  # of the weight, whose errors are measured at a time; more if C is large
@@ -67,8 +69,8 @@ class SolveResult:
     report: SolveReport
 
     def dequantize(self) -> Tensor:
-        """(codes - zero_point) * scale, float32 [..., R, C]"""
-        return dequantize(self.codes, self.scale, self.zero_point)
+        """(codes - zero_point) * scale, or that of the codebook; float32 [..., R, C]"""
+        return dequantize(self.codes, self.scale, self.zero_point, self.spec.levels)
 
     @property
     def sparsity(self) -> Tensor:
@@ -76,9 +78,17 @@ class SolveResult:
         return share_of_zeros(self.codes, self.zero_point)
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """codes [..., R, C], scale, zero_point [..., R, G]  ->  (codes - zero_point) * scale"""
+def dequantize(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, levels: int | Codebook | None = None
+) -> Tensor:
+    """codes [..., R, C], scale, zero_point [..., R, G]  ->  (codes - zero_point) * scale
+
+    levels: of the spec; needed where they are a codebook, and these are then levels[codes] * scale.
+    """
     grouped = codes.float().unflatten(-1, (scale.shape[-1], -1))  # [..., R, G, C / G]
+    if isinstance(levels, Codebook):
+        grid = scale[..., None], zero_point[..., None], levels
+        return reference.to_value(grouped, *grid).flatten(-2)
     return grouped.sub_(zero_point[..., None]).mul_(scale[..., None]).flatten(-2)
 
 

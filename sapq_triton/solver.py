@@ -25,12 +25,14 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .codebook import Codebook
 from .hessian import damped, inverse, ldl, permuted, revive
 from .obq import solve_obq
 from .ops import Backend, Precision
 from .order import static_order
 from .refine import refine
 from .result import SolveReport, SolveResult, dequantize, row_errors
+from .scales import snapped
 from .sparsity import STEP, Sparsity
 from .spec import Order, QuantSpec
 from .tile import bring_both_forward, bring_forward, to_front
@@ -86,7 +88,7 @@ def solve(
         not positive definite it is raised tenfold, up to four times; at the end of that ladder the
         weight is rounded to nearest. Either is in the report.
     scale, zero_point: an external grid [R, G] or [B, R, G], G = C / group_size. Without a
-        zero_point a symmetric spec takes the middle code.
+        zero_point a symmetric spec takes the middle code, one with a codebook 0.
     window: columns of one input channel, the positions of a convolution's window: the groups of an
         N:M sparsity are M channels at one position. Nothing else depends on it.
     precision: of the kernels' matrix products: "ieee" (float32), "tf32x3" (three products on tensor
@@ -138,22 +140,24 @@ def solve(
     # the candidates of a row are rows of one problem: they share its factors and its order
     stacked = w if candidates == 1 else w.repeat(1, candidates, 1)
     codes, ranked, used_damp, fallback = _climb(
-        solver, nearest, stacked, revived, damp, scale, zero_point, spec.qmax
+        solver, nearest, stacked, revived, damp, scale, zero_point, spec.levels
     )
     if order != "nearest" and candidates + rounds > 1:
         objective = damped(revived, used_damp).float()
-        codes, scale, zero_point = _least(w, objective, codes, scale, zero_point, fallback)
+        codes, scale, zero_point = _least(
+            w, objective, codes, scale, zero_point, spec.levels, fallback
+        )
+        snap = partial(snapped, weight=w, zero_point=zero_point, spec=spec)
         refined = refine(
-            w, objective, codes, scale, zero_point, ranked, spec.qmax,
-            rounds=rounds, snap=None if given else partial(_snapped, spec=spec),
-            sparse=sparsity is not None,
+            w, objective, codes, scale, zero_point, ranked, spec.levels,
+            rounds=rounds, snap=None if given else snap, sparse=sparsity is not None,
             precision=precision, backend=backend,
         )  # fmt: skip
         codes, scale = (
             torch.where(fallback[:, None, None], old, new)
             for old, new in zip((codes, scale), refined, strict=True)
         )
-    quantized = dequantize(codes, scale, zero_point) if measure else None
+    quantized = dequantize(codes, scale, zero_point, spec.levels) if measure else None
     errors = row_errors(w, h, quantized).reshape(weight.shape[:-1]) if measure else None
     energies = row_errors(w, h).reshape(weight.shape[:-1]) if measure else None
 
@@ -248,20 +252,6 @@ def _finite(matrix: Tensor) -> Tensor:
     return low.isfinite() & high.isfinite()
 
 
-def _snapped(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """The nearest positive numbers of `scale_dtype`, as float32"""
-    dtype: torch.dtype = getattr(torch, spec.scale_dtype)
-    if dtype == torch.float32:
-        return scale
-    limits = torch.finfo(dtype)
-    if (scale > limits.max).any():
-        raise ValueError(
-            f"scales reach {scale.max().item():.3g}, beyond {spec.scale_dtype}; "
-            "choose another scale_dtype"
-        )
-    return scale.to(dtype).clamp_(min=limits.smallest_normal * limits.eps).float()
-
-
 def _search(
     weight: Tensor,
     hessian: Tensor,
@@ -278,7 +268,7 @@ def _search(
 
     def search(importance: Tensor | None) -> tuple[Tensor, Tensor]:
         group_size = spec.columns_per_group(weight.shape[2])
-        grid = group_size, spec.qmax, spec.symmetric, spec.shrink
+        grid = group_size, spec.levels, spec.symmetric, spec.shrink
         _, scale, zero_point = ops.quantize_groups(weight, *grid, importance, backend)
         if not scale.isfinite().all():
             raise ValueError("weight spans more than float32 can hold; scale it down")
@@ -291,8 +281,8 @@ def _search(
         for step in range(first, candidates - 1 + first):
             away = STRETCH * ((step + 1) // 2)
             grids.append((scale * (1 + away if step % 2 == 0 else 1 - away), zero_point))
-    scales, zero_points = zip(*grids, strict=True)
-    return _snapped(torch.cat(scales, 1), spec), torch.cat(zero_points, 1)
+    scales = [snapped(scale, weight, zero_point, spec) for scale, zero_point in grids]
+    return torch.cat(scales, 1), torch.cat([zero_point for _, zero_point in grids], 1)
 
 
 def _importance(hessian: Tensor, order: Order, damp: float) -> Tensor:
@@ -315,10 +305,11 @@ def _given(
     """The grid to round to, checked. [B, R, G] float32 each"""
     B, R, C = weight.shape
     group_size = spec.columns_per_group(C)
+    middle, top = ((spec.qmax + 1) // 2, spec.qmax) if spec.codebook == "int" else (0, 0)
     if zero_point is None:
         if not spec.symmetric:
             raise ValueError("an asymmetric spec with an external scale needs a zero_point")
-        zero_point = torch.full_like(scale, (spec.qmax + 1) // 2)
+        zero_point = torch.full_like(scale, middle)
     for name, tensor in (("scale", scale), ("zero_point", zero_point)):
         if tensor.shape[-1:] != (C // group_size,) or tensor.numel() != B * R * (C // group_size):
             raise ValueError(
@@ -331,10 +322,10 @@ def _given(
     bad = ~(scale.isfinite() & (scale > 0))
     if bad.any():
         raise ValueError(f"scale must be positive and finite, got {scale[bad][0].item()}")
-    bad = (zero_point != zero_point.round()) | (zero_point < 0) | (zero_point > spec.qmax)
+    bad = (zero_point != zero_point.round()) | (zero_point < 0) | (zero_point > top)
     if bad.any():
         raise ValueError(
-            f"zero_point must hold integers from 0 to {spec.qmax}, got {zero_point[bad][0].item()}"
+            f"zero_point must hold integers from 0 to {top}, got {zero_point[bad][0].item()}"
         )
     return scale, zero_point
 
@@ -345,6 +336,7 @@ def _least(
     codes: Tensor,
     scale: Tensor,
     zero_point: Tensor,
+    levels: int | Codebook,
     fallback: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of the candidates of each row the one of least error, the first of equals.
@@ -353,9 +345,11 @@ def _least(
     """
     B, R, _ = weight.shape
     stacked = [t.unflatten(1, (-1, R)) for t in (codes, scale, zero_point)]
-    candidates = zip(*(t.unbind(1) for t in stacked), strict=True)
-    errors = torch.stack([row_errors(weight, hessian, dequantize(*c)) for c in candidates], 1)
-    best = errors.argmin(1).masked_fill(fallback[:, None], 0)
+    errors = [
+        row_errors(weight, hessian, dequantize(c, s, z, levels))
+        for c, s, z in zip(*(t.unbind(1) for t in stacked), strict=True)
+    ]
+    best = torch.stack(errors, 1).argmin(1).masked_fill(fallback[:, None], 0)
     picked = (
         t.take_along_dim(best[:, None, :, None].expand(B, 1, R, t.shape[3]), 1)[:, 0]
         for t in stacked
@@ -367,7 +361,7 @@ def _least(
 # weight [B, R, C], hessian [B, C, C], damp, scale, zero_point [B, R, G], qmax
 # -> codes uint8 [B, R, C], order of columns int64 [B, C], solved bool [B]
 Solved = tuple[Tensor, Tensor, Tensor]
-Solver = Callable[[Tensor, Tensor, float, Tensor, Tensor, int], Solved]
+Solver = Callable[[Tensor, Tensor, float, Tensor, Tensor, int | Codebook], Solved]
 
 
 def _solver(
@@ -400,7 +394,7 @@ def _climb(
     damp: float,
     scale: Tensor,
     zero_point: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solve with the first damping of the ladder that works for each problem, else round.
 
@@ -435,7 +429,7 @@ def _solve_nearest(
     damp: float,
     scale: Tensor,
     zero_point: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
     *,
     sparsity: Sparsity | None,
 ) -> Solved:
@@ -455,7 +449,7 @@ def _solve_static(
     damp: float,
     scale: Tensor,
     zero_point: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
     *,
     order: Order,
     precision: Precision,
@@ -490,7 +484,7 @@ def _prune_and_solve(
     scale: Tensor,
     zero_point: Tensor,
     group: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
     precision: Precision,
     backend: Backend,
     sparsity: Sparsity,
@@ -531,7 +525,7 @@ def _solve_reranked(
     damp: float,
     scale: Tensor,
     zero_point: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
     *,
     block: int,
     sweeps: int,
@@ -623,7 +617,7 @@ def _solve_greedy(
     damp: float,
     scale: Tensor,
     zero_point: Tensor,
-    qmax: int,
+    qmax: int | Codebook,
     *,
     block: int,
     precision: Precision,

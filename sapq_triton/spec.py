@@ -5,8 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from .codebook import FP4, NF4, Codebook
+
 ScaleSearch = Literal["absmax", "mse", "hessian"]
-ScaleDtype = Literal["float32", "float16", "bfloat16"]
+ScaleDtype = Literal["float32", "float16", "bfloat16", "power-of-two", "uint8"]
+CodebookName = Literal["int", "nf4", "fp4"]
 Order = Literal[
     "sensitivity", "sensitivity-static", "activation", "min-pivot", "natural", "obq", "nearest"
 ]
@@ -17,10 +20,13 @@ MSE_SHRINK = tuple(1 - step / 100 for step in range(80))
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """An affine integer grid per group of columns.
+    """A grid per group of columns: of integers, or with a codebook of 16 levels.
 
         codes = clamp(round(w / scale) + zero_point, 0, 2**bits - 1)
         w     ~ (codes - zero_point) * scale
+
+        codes = those of the levels nearest to w / scale
+        w     ~ levels[codes] * scale
 
     bits: 2 to 8. group_size: columns that share a scale and a zero point, counted in the original
     column order; -1 is one group per row (per output channel). symmetric: the zero point is the
@@ -29,7 +35,12 @@ class QuantSpec:
     that of least rounding error weighted by what it costs after compensation, sum e_c^2 / A_cc with
     A the inverse Hessian; it needs one.
     scale_dtype: scales are rounded to it before the first column is quantized, so that a file that
-    stores them so changes nothing: "float16" for GPTQ files.
+    stores them so changes nothing: "float16" for GPTQ files, "power-of-two" for the E8M0 of OCP MX,
+    "uint8" for double quantization as in QLoRA, (m + 1) / 256 of the largest scale of the row, m
+    uint8 and that scale float16; it pays where a row has many groups. See `scales.snapped`.
+    codebook: "int" is the integers. "nf4" is NormalFloat (QLoRA, arXiv 2305.14314), "fp4" E2M1 (OCP
+    MX), its codes as they are stored there: 4 bits and symmetric only, and no zero point, which is
+    0 wherever one is asked for.
     sparsity: weights that are exactly zero, whose code is the zero point: at least this share of
     all (0.5), or in each row all but N of each M consecutive columns ("2:4", N:M; of a convolution
     M consecutive input channels at one position of its window). None: as rounding has it.
@@ -40,6 +51,7 @@ class QuantSpec:
     symmetric: bool = False
     scale_search: ScaleSearch = "mse"
     scale_dtype: ScaleDtype = "float32"
+    codebook: CodebookName = "int"
     sparsity: str | float | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +73,23 @@ class QuantSpec:
             raise ValueError(
                 f"scale_dtype must be one of {get_args(ScaleDtype)}, got {self.scale_dtype!r}"
             )
+        if self.codebook not in get_args(CodebookName):
+            raise ValueError(
+                f"codebook must be one of {get_args(CodebookName)}, got {self.codebook!r}"
+            )
+        if self.codebook != "int" and self.bits != 4:
+            raise ValueError(
+                f"codebook {self.codebook!r} has 16 levels: bits must be 4, got {self.bits}"
+            )
+        if self.codebook != "int" and not self.symmetric:
+            raise ValueError(
+                f"codebook {self.codebook!r} has no zero point: symmetric must be True, got False"
+            )
+        if self.codebook != "int" and self.sparsity is not None:
+            raise ValueError(
+                f"sparsity {self.sparsity!r} needs the integers: codebook must be 'int', "
+                f"got {self.codebook!r}"
+            )
         if self.sparsity is not None and not _is_sparsity(self.sparsity):
             raise ValueError(
                 'sparsity must be "N:M" with 0 < N < M, a share from 0 to below 1, or None, '
@@ -71,6 +100,11 @@ class QuantSpec:
     def qmax(self) -> int:
         """The largest code."""
         return 2**self.bits - 1
+
+    @property
+    def levels(self) -> int | Codebook:
+        """What the operations round to: the integers up to the largest code, or a codebook."""
+        return {"nf4": NF4, "fp4": FP4}.get(self.codebook, self.qmax)
 
     @property
     def shrink(self) -> tuple[float, ...]:

@@ -12,20 +12,23 @@ KERNEL_OUTSIDE = {"torch", "triton"}
 
 # file -> modules of ours that it may import: nothing that knows models, files or devices' names
 MAY_IMPORT = {
-    "spec": set(),
+    "codebook": set(),
+    "spec": {"codebook"},
     "window": set(),
     "tile": set(),
-    "reference": {"packing", "window"},
-    "ops": {"reference", "packing", "window", "kernels"},
+    "reference": {"codebook", "packing", "window"},
+    "ops": {"codebook", "reference", "packing", "window", "kernels"},
     "hessian": {"ops", "window"},
-    "order": {"ops", "spec", "hessian"},
-    "obq": {"ops", "tile"},
-    "result": {"spec"},
+    "order": {"codebook", "ops", "spec", "hessian"},
+    "obq": {"codebook", "ops", "tile"},
+    "result": {"codebook", "reference", "spec"},
+    "scales": {"codebook", "reference", "spec"},
     "packing": set(),
     "preset": {"spec"},
-    "refine": {"hessian", "ops", "result"},
+    "refine": {"codebook", "hessian", "ops", "result"},
     "sparsity": {"spec"},
     "solver": {
+        "codebook",
         "hessian",
         "obq",
         "ops",
@@ -33,6 +36,7 @@ MAY_IMPORT = {
         "reference",
         "refine",
         "result",
+        "scales",
         "sparsity",
         "spec",
         "tile",
@@ -40,7 +44,7 @@ MAY_IMPORT = {
     "knapsack": set(),
     "mixed": {"spec", "result", "ops", "hessian", "knapsack", "solver"},
     "allocate": {"spec", "report", "knapsack"},
-}
+}  # fmt: skip
 NUMPY = {"reference", "knapsack", "mixed", "allocate"}
 
 

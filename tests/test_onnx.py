@@ -613,3 +613,16 @@ def test_modules_that_do_not_fit_their_report_are_refused(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="'stem' that the model has not"):
         export_onnx(nn.Sequential(nn.Linear(2, 2)), images, out, report=report)
     assert not out.exists()
+
+
+def test_codebooks_are_refused(source: Path, tmp_path: Path) -> None:
+    spec, message = QuantSpec(4, symmetric=True, codebook="nf4"), "not the levels of codebook 'nf4'"
+    with pytest.raises(ValueError, match=message):
+        quantize_onnx(source, IMAGES, spec, tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match=message):
+        quantize_onnx(source, IMAGES, QuantSpec(4), tmp_path / "a.onnx", overrides={"*": spec})
+    model = nn.Sequential(nn.Linear(6, 5))
+    report = quantize(model, [torch.randn(9, 6)], spec, progress=False)
+    with pytest.raises(ValueError, match=message):
+        export_onnx(model, torch.randn(1, 6), tmp_path / "a.onnx", report=report)
+    assert not (tmp_path / "a.onnx").exists()

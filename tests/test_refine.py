@@ -102,7 +102,7 @@ def test_sweep_is_the_same_in_triton(solved: dict[str, Tensor], device: torch.de
 
 def test_refit_is_the_least_squares_solution(solved: dict[str, Tensor]) -> None:
     scale = refit_scales(
-        *(solved[k] for k in ("weight", "hessian", "codes", "scale", "zero_point"))
+        *(solved[k] for k in ("weight", "hessian", "codes", "scale", "zero_point")), QMAX
     )
     root = torch.linalg.cholesky(solved["hessian"])  # E = |(w - q) L|^2
     for b in range(B):
@@ -121,7 +121,8 @@ def test_refit_leaves_a_group_of_zeros_and_refuses_negative_scales(
     codes[0, 0, : C // G] = first.to(torch.uint8)  # worth nothing
     weight = solved["weight"].clone()
     weight[1, 2] = -value(codes, solved["scale"], solved["zero_point"])[1, 2]
-    scale = refit_scales(weight, solved["hessian"], codes, solved["scale"], solved["zero_point"])
+    grid = solved["scale"], solved["zero_point"], QMAX
+    scale = refit_scales(weight, solved["hessian"], codes, *grid)
     assert scale[0, 0, 0] == solved["scale"][0, 0, 0]
     assert (scale[0, 0, 1:] != solved["scale"][0, 0, 1:]).all()
     torch.testing.assert_close(scale[1, 2], solved["scale"][1, 2], **EXACT)

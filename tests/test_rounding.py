@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from sapq_triton import reference
-from sapq_triton.kernels.rounding import round_half_even, to_code, to_value
+from sapq_triton.kernels.rounding import constants, nearest, round_half_even
 
 
 @triton.jit
@@ -18,15 +18,16 @@ def _round_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _grid_kernel(
-    w_ptr, scale_ptr, zero_point_ptr, code_ptr, value_ptr, n, qmax, BLOCK: tl.constexpr
-):
+    w_ptr, scale_ptr, zero_point_ptr, code_ptr, value_ptr, n, qmax,
+    CODEBOOK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     w = tl.load(w_ptr + i, mask=i < n, other=0.0)
     scale = tl.load(scale_ptr + i, mask=i < n, other=1.0)
     zero_point = tl.load(zero_point_ptr + i, mask=i < n, other=0.0)
-    code = to_code(w, scale, zero_point, qmax)
+    code, value = nearest(w, scale, zero_point, qmax, CODEBOOK)
     tl.store(code_ptr + i, code, mask=i < n)
-    tl.store(value_ptr + i, to_value(code, scale, zero_point), mask=i < n)
+    tl.store(value_ptr + i, value, mask=i < n)
 
 
 @pytest.mark.parametrize("low", [-(2**21), -1000, 2**21 - 1000], ids=["negative", "zero", "large"])
@@ -47,11 +48,13 @@ def test_codes_and_values_are_those_of_the_reference(qmax: int, device: torch.de
     w = torch.randint(-2 * qmax, 2 * qmax + 1, (n,), device=device) * scale / 2
     w[::2] = torch.randn(n // 2, device=device) * qmax * scale[::2]
     code, value = torch.empty_like(w), torch.empty_like(w)
-    _grid_kernel[(triton.cdiv(n, 1024),)](w, scale, zero_point, code, value, n, qmax, BLOCK=1024)
+    _grid_kernel[(triton.cdiv(n, 1024),)](
+        w, scale, zero_point, code, value, n, *constants(qmax), BLOCK=1024
+    )
     expected = reference.to_code(w, scale, zero_point, qmax)
     assert (expected == 0).any()
     assert (expected == qmax).any()
     torch.testing.assert_close(code, expected, rtol=0, atol=0)
     torch.testing.assert_close(
-        value, reference.to_value(expected, scale, zero_point), rtol=0, atol=0
+        value, reference.to_value(expected, scale, zero_point, qmax), rtol=0, atol=0
     )

@@ -172,5 +172,5 @@ def test_weights_are_left_on_the_grid(device: torch.device) -> None:
         weight, inverse, scale, zero_point, group, 15, F, backend="triton"
     )
     values = torch.empty_like(codes).scatter_(1, picked, codes)
-    expected = reference.to_value(values, scale.gather(1, group), zero_point.gather(1, group))
+    expected = reference.to_value(values, scale.gather(1, group), zero_point.gather(1, group), 15)
     torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-5)

@@ -55,33 +55,54 @@ def ill_conditioned(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Ten
 
 
 class Grid(NamedTuple):
-    """Scale and zero point of each weight, float64 [R, C] each."""
+    """Scale and zero point of each weight, float64 [R, C]; levels of a codebook if any."""
 
     scale: Tensor
     zero_point: Tensor
     qmax: int
+    levels: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, result: SolveResult) -> "Grid":
         each = result.codes.shape[1] // result.scale.shape[1]
         grid = (result.scale, result.zero_point)
-        return cls(*(t.double().repeat_interleave(each, 1) for t in grid), result.spec.qmax)
+        scale, zero_point = (t.double().repeat_interleave(each, 1) for t in grid)
+        levels = getattr(result.spec.levels, "levels", ())
+        return cls(scale, zero_point, result.spec.qmax, levels)
 
     def at(self, columns: Tensor) -> "Grid":
-        return Grid(self.scale[:, columns], self.zero_point[:, columns], self.qmax)
+        return self._replace(scale=self.scale[:, columns], zero_point=self.zero_point[:, columns])
+
+    def distances(self, weight: Tensor) -> Tensor:
+        """Of w / scale from each level, [R, C, 16]"""
+        return ((weight / self.scale)[..., None] - torch.tensor(self.levels).double()).abs()
 
     def code(self, weight: Tensor) -> Tensor:
+        if self.levels:
+            return self.distances(weight).argmin(-1).double()  # of equal ones the first
         return ((weight / self.scale).round() + self.zero_point).clamp(0, self.qmax)
 
     def value(self, code: Tensor) -> Tensor:
+        if self.levels:
+            return torch.tensor(self.levels).double()[code.long()] * self.scale
         return (code - self.zero_point) * self.scale
 
     def from_tie(self, weight: Tensor) -> Tensor:
         """Distance of w / scale from the nearest tie: below float32 noise, either code is right."""
+        if self.levels:
+            kept = [code for code, level in enumerate(self.levels) if level or code < 8]  # one zero
+            first, second = self.distances(weight)[..., kept].sort(-1)[0][..., :2].unbind(-1)
+            return (second - first) / 2
         steps = weight / self.scale
         low = steps.floor() + self.zero_point
         inside = (low >= 0) & (low < self.qmax)  # beyond the grid both sides have the same code
         return torch.where(inside, 0.5 - (steps - steps.round()).abs(), 0.5)
+
+    @property
+    def half_step(self) -> float:
+        """The largest error within the range of the grid of scale 1."""
+        levels = torch.tensor(self.levels or range(2)).sort()[0]
+        return (levels[1:] - levels[:-1]).max().item() / 2
 
     @property
     def noise(self) -> float:
@@ -92,7 +113,7 @@ def grid_for(weight: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     """The grid that `solve` finds, a little wider: its largest weights are ties by construction."""
     group_size = spec.columns_per_group(weight.shape[1])
     _, scale, zero_point = ops.quantize_groups(
-        weight[None], group_size, spec.qmax, spec.symmetric, spec.shrink
+        weight[None], group_size, spec.levels, spec.symmetric, spec.shrink
     )
     return {"scale": 1.01 * scale[0], "zero_point": zero_point[0]}
 
@@ -193,7 +214,7 @@ def check_obq(weight: Tensor, hessian: Tensor, result: SolveResult, codes: Tenso
     """
     grid, sure = Grid.of(result), 0
     for r in range(len(weight)):
-        row = Grid(grid.scale[r : r + 1], grid.zero_point[r : r + 1], grid.qmax)
+        row = grid._replace(scale=grid.scale[r : r + 1], zero_point=grid.zero_point[r : r + 1])
         w, a = weight[r : r + 1].double().clone(), torch.linalg.inv(damped(hessian))
         rest = torch.arange(w.shape[1])
         expected = torch.zeros(w.shape[1], dtype=torch.uint8)
@@ -202,12 +223,13 @@ def check_obq(weight: Tensor, hessian: Tensor, result: SolveResult, codes: Tenso
             code = row.at(rest).code(w[:, rest])
             error = (w[:, rest] - row.at(rest).value(code))[0].square()
             steps = error.sqrt() / row.scale[0, rest]
-            outlier = bool((steps > 0.5).any())  # off the grid: the worst one goes first
+            outlier = bool((steps > row.half_step).any())  # off the grid: the worst one goes first
             score = -error if outlier else error / a.diagonal()[rest]
             ranked, order = score.sort()
             gap = (ranked[1:2] - ranked[:1]) / ranked[:2].abs().max()
-            # half a step is both a tie and the edge of the grid
-            closest = torch.cat([closest[None], (steps - 0.5).abs(), gap]).min()
+            tie, edge = row.at(rest).from_tie(w[:, rest])[0], (steps - row.half_step).abs()
+            close = torch.cat([tie, edge]).min() / (2 * row.half_step)
+            closest = torch.cat([closest[None], close[None], gap]).min()
             j = int(rest[order[0]])
             expected[j] = int(code[0, order[0]])
             left = w[0, j] - row.value(expected[None].double())[0, j]

@@ -37,10 +37,30 @@ REFUSED = [  # arguments, message
     ),
     pytest.param(
         {"scale_dtype": "float64"},
-        r"scale_dtype must be one of \('float32', 'float16', 'bfloat16'\), got 'float64'",
+        r"scale_dtype must be one of \('float32', .*'power-of-two', 'uint8'\), got 'float64'",
         id="scale-float64",
     ),
     pytest.param({"scale_dtype": None}, r"scale_dtype must be .* got None", id="scale-none"),
+    pytest.param(
+        {"codebook": "nf3", "symmetric": True},
+        r"codebook must be one of \('int', 'nf4', 'fp4'\), got 'nf3'",
+        id="codebook-unknown",
+    ),
+    pytest.param(
+        {"codebook": "nf4", "symmetric": True, "bits": 3},
+        r"codebook 'nf4' has 16 levels: bits must be 4, got 3",
+        id="codebook-bits",
+    ),
+    pytest.param(
+        {"codebook": "fp4"},
+        r"codebook 'fp4' has no zero point: symmetric must be True, got False",
+        id="codebook-asymmetric",
+    ),
+    pytest.param(
+        {"codebook": "fp4", "symmetric": True, "sparsity": 0.5},
+        r"sparsity 0.5 needs the integers: codebook must be 'int', got 'fp4'",
+        id="codebook-sparse",
+    ),
     *(
         pytest.param({"sparsity": value}, message, id=f"sparsity-{value}")
         for value, message in [

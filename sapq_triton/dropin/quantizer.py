@@ -105,7 +105,8 @@ class Quantizer(nn.Module):
     def _round(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         if self.maxq == TRITS:
             return (x > scale / 2) * scale + (x < zero / 2) * zero
-        return to_value(to_code(x, scale, zero, int(self.maxq)), scale, zero)
+        grid = scale, zero, int(self.maxq)
+        return to_value(to_code(x, *grid), *grid)
 
     def quantize(self, x: Tensor) -> Tensor:
         """x on the grid; x itself before there is one."""

@@ -205,8 +205,10 @@ def integer_weight(
     """Codes of a layer as int8 in the layout of its weight, with zero point 0.
 
     codes [B, R, C], scale and zero_point [B, R, G], as in `LayerReport`. ValueError where a code
-    minus its zero point does not fit into int8, or a group of columns is no block along an axis.
+    minus its zero point does not fit into int8, or a group of columns is no block along an axis,
+    and for a codebook.
     """
+    _check_spec(spec)
     values = codes.to(torch.int16).unflatten(-1, (scale.shape[-1], -1))
     values = (values - zero_point.to(torch.int16)[..., None]).flatten(-2)
     if int(values.min()) < -128 or int(values.max()) > 127:
@@ -239,6 +241,10 @@ def _needed_opset(weights: Mapping[str, IntegerWeight]) -> int:
 
 def _check_spec(spec: object) -> None:
     """Refuse before the work what cannot be stored after it; `quantize` refuses other types."""
+    if isinstance(spec, QuantSpec) and spec.codebook != "int":
+        raise ValueError(
+            f"ONNX files hold the integers of a grid, not the levels of codebook {spec.codebook!r}"
+        )
     if isinstance(spec, QuantSpec) and spec.bits == 8 and not spec.symmetric:
         raise ValueError(
             f"{spec} does not fit into int8 with zero point 0; legal are symmetric=True at up to "

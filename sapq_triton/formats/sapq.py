@@ -1,4 +1,4 @@
-"""The format of this project: the tensors of packed layers as they are, any kind, any spec.
+"""The format of this project: the tensors of packed layers as they are, whatever they may be.
 
 What they mean is in the manifest, sapq.json.
 """
