@@ -153,9 +153,9 @@ def _solve_columns_kernel(
                 code, value = nearest(running, scales[i], zero_points[i], qmax, CODEBOOK)
                 if PRUNED:
                     at = i if EVEN else tl.minimum(i, C - 1 - start)
-                    pruned = tl.load(p_ptrs + at * stride_pc) != 0
-                    code = tl.where(pruned, zero_points[i], code)
-                    value = tl.where(pruned, 0.0, value)
+                    pruned = tl.load(p_ptrs + at * stride_pc)
+                    code = tl.where(pruned != 0, zero_points[i], code)
+                    value = (code - zero_points[i]) * scales[i]  # of integers: no codebook prunes
                 codes = codes + (code,)
                 errors = errors + (target[i] - value,)
             for i in tl.static_range(SUB):

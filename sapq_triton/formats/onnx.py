@@ -208,7 +208,7 @@ def integer_weight(
     minus its zero point does not fit into int8, or a group of columns is no block along an axis,
     and for a codebook.
     """
-    _check_spec(spec)
+    _check_codebook(spec)
     values = codes.to(torch.int16).unflatten(-1, (scale.shape[-1], -1))
     values = (values - zero_point.to(torch.int16)[..., None]).flatten(-2)
     if int(values.min()) < -128 or int(values.max()) > 127:
@@ -239,13 +239,19 @@ def _needed_opset(weights: Mapping[str, IntegerWeight]) -> int:
     return BLOCK_OPSET if any(weight.block for weight in weights.values()) else PER_AXIS_OPSET
 
 
-def _check_spec(spec: object) -> None:
-    """Refuse before the work what cannot be stored after it; `quantize` refuses other types."""
-    if isinstance(spec, QuantSpec) and spec.codebook != "int":
+def _check_codebook(spec: QuantSpec) -> None:
+    if spec.codebook != "int":
         raise ValueError(
             f"ONNX files hold the integers of a grid, not the levels of codebook {spec.codebook!r}"
         )
-    if isinstance(spec, QuantSpec) and spec.bits == 8 and not spec.symmetric:
+
+
+def _check_spec(spec: object) -> None:
+    """Refuse before the work what cannot be stored after it; `quantize` refuses other types."""
+    if not isinstance(spec, QuantSpec):
+        return
+    _check_codebook(spec)
+    if spec.bits == 8 and not spec.symmetric:
         raise ValueError(
             f"{spec} does not fit into int8 with zero point 0; legal are symmetric=True at up to "
             "8 bits, and asymmetric grids of up to 7 bits"
