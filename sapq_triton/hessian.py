@@ -59,6 +59,14 @@ class HessianSum:
             change = window.patches((y - x).to(self.total))
             self.drifts.baddbmm_(window.patches(x.to(self.total)), change.mT)
 
+    def merge(self, other: "HessianSum") -> None:
+        """Add the sums of other rows, in place."""
+        self.total += other.total
+        self.sums += other.sums
+        self.rows += other.rows
+        if self.drifts is not None and other.drifts is not None:
+            self.drifts += other.drifts
+
     def mean(self) -> Tensor:
         """The mean row, [groups, C]; all zero where no row was seen."""
         return self.sums / max(self.rows, 1)

@@ -10,19 +10,20 @@ PresetName = Literal["best", "fast"]
 
 @dataclass(frozen=True)
 class Preset:
-    """Options of `solve`, and `drift_correction` of `quantize`."""
+    """Options of `solve` and `quantize`; None is chosen for each layer on rows held out."""
 
     order: Order
     block: int
     sweeps: int
     candidates: int
     rounds: int
-    drift_correction: float
+    damp: float | None
+    drift_correction: float | None
 
 
 PRESETS: dict[PresetName, Preset] = {
-    "best": Preset("sensitivity", 128, 2, candidates=6, rounds=2, drift_correction=0.5),
-    "fast": Preset("activation", 128, 0, candidates=1, rounds=0, drift_correction=0.0),
+    "best": Preset("sensitivity", 128, 2, candidates=8, rounds=3, damp=None, drift_correction=None),
+    "fast": Preset("activation", 128, 0, candidates=1, rounds=0, damp=0.01, drift_correction=0.0),
 }
 
 

@@ -28,6 +28,8 @@ from .hessian import HessianSum, drifted
 from .layers import Layer
 from .ops import Backend, Precision, uses_triton
 from .preset import PresetName, choose
+from .regularize import Moments, Trust
+from .regularize import choose as choose_trust
 from .report import LayerReport, Report
 from .solver import solve
 from .spec import Order, QuantSpec
@@ -43,6 +45,9 @@ from .targets import (
 )
 
 OTHER_WAYS = "once quantized, not called as in full precision: drift of some inputs is unknown"
+
+# where nothing is held out to choose them on
+DAMP, DRIFT_CORRECTION = 0.01, 0.5
 
 BatchNormRule = Literal["paired", "reestimate", "keep"]
 Forward = Callable[[nn.Module, Any], object]
@@ -62,7 +67,7 @@ def quantize(
     sweeps: int | None = None,
     candidates: int | None = None,
     rounds: int | None = None,
-    damp: float = 0.01,
+    damp: float | None = None,
     precision: Precision = "tf32x3",
     backend: Backend = "auto",
     batchnorm: BatchNormRule = "paired",
@@ -88,7 +93,10 @@ def quantize(
     skip: glob patterns of layer names that are left as they are.
     preset: what options that are None mean. "best" is for the least loss; "fast" is one
         factorization and one loop in activation order: GPTQ.
-    order, block, sweeps, candidates, rounds, damp, precision, backend: as in `solve`.
+    order, block, sweeps, candidates, rounds, damp, precision, backend: as in `solve`. A damp of
+        None is chosen for each layer in "best", from .01 to 1: by the error on every fourth batch,
+        from the second on, of a solve on the others (`regularize.choose`); then all batches count.
+        Where there is one batch it is .01.
     batchnorm: "paired" changes the statistics of each BatchNorm as much as quantization changed
         its input on the calibration data, so that its output there has the mean and variance that
         it had: with s = sqrt(var_q / var_fp), running_mean = mean_q + s (running_mean - mean_fp)
@@ -99,7 +107,8 @@ def quantize(
     drift_correction: how far, from 0 to 1, a layer aims at the outputs that the full-precision
         model has, instead of those that its own weight has on the inputs that quantization has
         changed: see `hessian.drifted`. A copy of the model runs beside it on each batch: twice the
-        memory of weights and activations. Not in order "nearest".
+        memory of weights and activations. None is chosen for each layer in "best", like damp, or
+        .5 where there is one batch. Not in order "nearest".
     hessian_dtype: torch.float32 or torch.float64, of the sums and the factorization.
     attention_mask: key of a dict batch; tokens where it is 0 count neither in the Hessians nor in
         the means of layers whose input has its shape. None: every token counts.
@@ -128,13 +137,13 @@ def quantize(
     overrides = dict(overrides or {})
     options = choose(
         preset, order=order, block=block, sweeps=sweeps, candidates=candidates, rounds=rounds,
-        drift_correction=drift_correction,
+        damp=damp, drift_correction=drift_correction,
     )  # fmt: skip
     drift = options.pop("drift_correction")
-    options |= dict(damp=damp, precision=precision, backend=backend)
+    options |= dict(precision=precision, backend=backend)
     _check(model, batches, spec, skip, overrides, batchnorm, drift, hessian_dtype, options)
     if options["order"] == "nearest":
-        drift = 0.0
+        options["damp"], drift = DAMP, 0.0
     batches = list(batches)
     if not batches:
         raise ValueError("batches is empty: calibration needs at least one batch")
@@ -185,7 +194,9 @@ def _check(
             raise ValueError(f"{name} must be a QuantSpec, got {value!r}")
     if batchnorm not in get_args(BatchNormRule):
         raise ValueError(f"batchnorm must be one of {get_args(BatchNormRule)}, got {batchnorm!r}")
-    if isinstance(drift, bool) or not isinstance(drift, int | float) or not 0 <= drift <= 1:
+    if drift is not None and (
+        isinstance(drift, bool) or not isinstance(drift, int | float) or not 0 <= drift <= 1
+    ):
         raise ValueError(f"drift_correction must be a number from 0 to 1, got {drift!r}")
     lazy = [name for name, tensor in _tensors(model) if nn.parameter.is_lazy(tensor)]
     if lazy:
@@ -197,7 +208,8 @@ def _check(
     sparse = any(isinstance(s, QuantSpec) and s.sparsity for s in (spec, *overrides.values()))
     solve(
         torch.ones(1, 1), torch.ones(1, 1), QuantSpec(sparsity=0.5 if sparse else None),
-        **{**options, "backend": "reference"},
+        **{**options, "damp": DAMP if options["damp"] is None else options["damp"],
+           "backend": "reference"},
     )  # fmt: skip
 
 
@@ -215,7 +227,7 @@ class _Run:
         targets: dict[str, Target],
         batchnorm: BatchNormRule,
         bias_correction: bool,
-        drift_correction: float,
+        drift_correction: float | None,
         hessian_dtype: torch.dtype,
         mask_key: str | None,
         forward: Forward,
@@ -224,6 +236,9 @@ class _Run:
         self.model, self.batches, self.targets = model, batches, targets
         self.batchnorm, self.bias_correction = batchnorm, bias_correction
         self.drift_correction = drift_correction
+        # where something is to be chosen on them, every fourth batch from the second on
+        chooses = options["damp"] is None or drift_correction is None
+        self.held_out = {*range(1, len(batches), 4)} if chooses else set()
         self.hessian_dtype, self.mask_key = hessian_dtype, mask_key
         self.forward, self.options = forward, options
         self.device = next(model.parameters()).device
@@ -246,6 +261,10 @@ class _Run:
         # of the batch that this thread runs: its mask, and what each layer got, by name
         self._pass = threading.local()
         self._original: dict[tuple[int, str], Tensor] = {}  # full-precision inputs, by batch, layer
+
+    @property
+    def _drifts(self) -> bool:
+        return self.drift_correction is None or self.drift_correction > 0
 
     def observe(self) -> None:
         """First pass, of the untouched model: order of execution, repeats, shared inputs, means."""
@@ -328,7 +347,7 @@ class _Run:
 
     def solve_all(self, advance: Callable[[], None]) -> None:
         """Second pass, in lockstep: solve a layer, correct what follows, go on."""
-        original = _copied(self.model) if self.drift_correction else None
+        original = _copied(self.model) if self._drifts else None
         passes = []
         for number, batch in enumerate(self.batches):
             if original is not None:
@@ -423,7 +442,8 @@ class _Run:
 
     def _call(self, name: str, args: Any, kwargs: Any) -> Call:
         original = self._original.get((self._pass.number, name))
-        return Call(layers.called_with(name, args, kwargs), self._pass.mask, original)
+        held_out = self._pass.number in self.held_out
+        return Call(layers.called_with(name, args, kwargs), self._pass.mask, original, held_out)
 
     def _add_call(self, target: Target, name: str, module: Layer, args: Any, kwargs: Any) -> None:
         self._add_rows(target, self._call(name, args, kwargs))
@@ -433,7 +453,7 @@ class _Run:
         rows, window = layers.input_rows(target.module, call.inputs.detach(), call.mask)
         if not rows.isfinite().all():  # of the rows that count: padding tokens may hold anything
             raise ValueError(f"the input of {target.name!r} holds NaN or Inf during calibration")
-        total = target.hessian_sum(rows.device, self.hessian_dtype, bool(self.drift_correction))
+        total = target.hessian_sum(self.hessian_dtype, self._drifts, call.held_out)
         total.add(rows, window, self.options["precision"], self.options["backend"])
         if total.drifts is not None and not target.repeated:
             if call.original is not None and call.original.shape == call.inputs.shape:
@@ -479,6 +499,7 @@ class _Run:
                 energy=float(report.energy.sum()),
                 rows=solution.rows,
                 damp=float(report.damp.max()),
+                drift_correction=solution.drift_correction,
                 dead_columns=int(report.dead_columns.sum()),
                 fallbacks=int(report.fallback.sum()),
                 seconds_hessian=target.seconds_hessian,
@@ -493,25 +514,45 @@ class _Run:
         """One solve on the Hessian of the first layer; each one finds its part in `solution`."""
         started = time.perf_counter()
         leader, names = targets[0], [target.name for target in targets]
-        total = leader.hessian_sum(leader.module.weight.device, self.hessian_dtype, False)
         weights = [layers.weight_matrix(target.module) for target in targets]
         rows = [weight.shape[1] for weight in weights]
+        spec, window = leader.spec, layers.window_size(leader.module)
+        trust = self._trust(leader, torch.cat(weights, 1))
+        total = leader.hessian_sum(self.hessian_dtype, self._drifts)
+        if leader.held_out is not None:
+            total.merge(leader.held_out)
         hessian, drift = total.hessian(), total.drift()
         if drift is not None:
-            damp, fraction = self.options["damp"], self.drift_correction
-            weights = [drifted(w.float(), hessian, drift, damp, fraction) for w in weights]
-        spec, window = leader.spec, layers.window_size(leader.module)
+            ridge, fraction = trust.ridge, trust.fraction
+            weights = [drifted(w.float(), hessian, drift, ridge, fraction) for w in weights]
+        options = self.options | {"damp": trust.damp, "window": window}
         if spec.share:  # of each layer, not of all together
-            parts = [solve(w, hessian, spec, window=window, **self.options) for w in weights]
+            parts = [solve(w, hessian, spec, **options) for w in weights]
         else:
-            result = solve(torch.cat(weights, 1), hessian, spec, window=window, **self.options)
-            parts = split_rows(result, rows)
+            parts = split_rows(solve(torch.cat(weights, 1), hessian, spec, **options), rows)
         seconds = (time.perf_counter() - started) / sum(rows)
+        fraction = trust.fraction if drift is not None else 0.0
         for target, part, aim in zip(targets, parts, weights, strict=True):
             others = tuple(names[1:] if target is leader else names[:1])
             each = seconds * part.codes.shape[1]
-            target.solution = Solution(part, aim, total.mean(), total.rows, each, others)
-        leader.total = None
+            target.solution = Solution(part, aim, total.mean(), total.rows, fraction, each, others)
+        leader.total = leader.held_out = None
+
+    def _trust(self, leader: Target, weight: Tensor) -> Trust:
+        """What was asked for, or what is best on the rows of the batches that are held out."""
+        damp, fraction = self.options["damp"], self.drift_correction
+        fixed = DAMP if damp is None else damp
+        chosen = Trust(fixed, fixed, DRIFT_CORRECTION if fraction is None else fraction)
+        fit, held_out = leader.total, leader.held_out
+        if fit is not None and held_out is not None and fit.rows and held_out.rows:
+            how = {key: self.options[key] for key in ("precision", "backend")}
+            seen, other = (Moments(part.hessian(), part.drift()) for part in (fit, held_out))
+            best = choose_trust(weight, seen, other, leader.spec, **how)
+            if damp is None:
+                chosen = chosen._replace(damp=best.damp)
+            if fraction is None:
+                chosen = chosen._replace(ridge=best.ridge, fraction=best.fraction)
+        return chosen
 
     def _correct_biases(self, target: Target, lost: Tensor, mean: Tensor) -> None:
         """b += (W - Q) E[x]: lost W - Q [B, R, C], mean E[x] [B, C]

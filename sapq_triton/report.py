@@ -30,7 +30,8 @@ class LayerReport:
     shape: of the weight. codes uint8 [B, R, C], scale and zero_point float32 [B, R, G], on the CPU;
     B groups of a convolution, as in `layers.weight_matrix`.
     error: tr((W - Q) H (W - Q)^T) on the calibration rows, energy: tr(W H W^T).
-    rows: calibration rows seen. damp: the largest that was needed. dead_columns, fallbacks: columns
+    rows: calibration rows seen. damp: the largest that was needed. drift_correction: the fraction
+    that was taken, see `quantize`. dead_columns, fallbacks: columns
     that never fired, and problems that were rounded to nearest, summed over the groups.
     seconds_hessian, seconds_solve: of layers that were solved together, the first one carries the
     time of their Hessian, and each one its part of the solve, by rows.
@@ -49,6 +50,7 @@ class LayerReport:
     energy: float
     rows: int
     damp: float
+    drift_correction: float
     dead_columns: int
     fallbacks: int
     seconds_hessian: float

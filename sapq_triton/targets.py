@@ -23,13 +23,14 @@ class Solution:
 
     others: names of a leader's companions, or of a companion's leader alone: many may share one.
     weight: what was quantized, [B, R, C]. mean: the mean input row, [B, C]. rows: calibration rows.
-    seconds: its part of the solve.
+    drift_correction: the fraction that was taken. seconds: its part of the solve.
     """
 
     result: SolveResult
     weight: Tensor
     mean: Tensor
     rows: int
+    drift_correction: float
     seconds: float
     others: tuple[str, ...]
 
@@ -58,11 +59,14 @@ def split_rows(result: SolveResult, rows: list[int]) -> list[SolveResult]:
 
 
 class Call(NamedTuple):
-    """Of one layer in one batch. original: its input in the full-precision model, if known."""
+    """Of one layer in one batch. original: its input in the full-precision model, if known.
+    held_out: the batch takes no part in the fit of what is chosen on others.
+    """
 
     inputs: Tensor
     mask: Tensor | None
     original: Tensor | None
+    held_out: bool
 
 
 @dataclass(eq=False)
@@ -79,16 +83,22 @@ class Target:
     leader: "Target | None" = None  # the first layer that gets the same inputs as this one
     calls: list[Call] = field(default_factory=list)
     total: HessianSum | None = None
+    held_out: HessianSum | None = None  # of batches that the former does not have
     solution: Solution | None = None
     solved: bool = False
     seconds_hessian: float = 0.0
 
-    def hessian_sum(self, device: torch.device, dtype: torch.dtype, drift: bool) -> HessianSum:
+    def hessian_sum(self, dtype: torch.dtype, drift: bool, held_out: bool = False) -> HessianSum:
         """The running sum, made at the first call."""
-        if self.total is None:
+        found = self.held_out if held_out else self.total
+        if found is None:
             groups, _, columns = layers.weight_matrix(self.module).shape
-            self.total = HessianSum(groups, columns, device, dtype, drift)
-        return self.total
+            found = HessianSum(groups, columns, self.module.weight.device, dtype, drift)
+            if held_out:
+                self.held_out = found
+            else:
+                self.total = found
+        return found
 
 
 def find_targets(

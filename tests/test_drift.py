@@ -17,8 +17,9 @@ from sapq_triton.quantize import OTHER_WAYS
 
 SPEC = QuantSpec(bits=3)
 PLAIN: dict[str, Any] = dict(
-    batchnorm="keep", bias_correction=False, hessian_dtype=torch.float64, candidates=1, rounds=0
-)
+    batchnorm="keep", bias_correction=False, hessian_dtype=torch.float64, candidates=1, rounds=0,
+    damp=0.01,
+)  # fmt: skip
 quantize: Callable[..., Report] = partial(quantize_with_bar, progress=False, **PLAIN)
 
 
@@ -241,9 +242,9 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def test_presets_are_what_they_say() -> None:
-    best = dict(order="sensitivity", candidates=6, rounds=2, drift_correction=0.5)
-    fast = dict(order="activation", candidates=1, rounds=0, drift_correction=0.0)
-    assert same(run(), run(preset="best")) and same(run(), run(preset="fast", sweeps=2, **best))
+    best = dict(order="sensitivity", sweeps=2, candidates=8, rounds=3)
+    fast = dict(order="activation", candidates=1, rounds=0, damp=0.01, drift_correction=0.0)
+    assert same(run(), run(preset="best")) and same(run(), run(**best))
     assert same(run(preset="fast"), run(**fast))
     assert not same(run(), run(preset="fast"))
 

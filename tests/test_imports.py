@@ -41,6 +41,7 @@ MAY_IMPORT = {
         "spec",
         "tile",
     },
+    "regularize": {"hessian", "ops", "solver", "spec"},
     "knapsack": set(),
     "mixed": {"spec", "result", "ops", "hessian", "knapsack", "solver"},
     "allocate": {"spec", "report", "knapsack"},

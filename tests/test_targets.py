@@ -22,7 +22,8 @@ from sapq_triton import quantize as quantize_with_bar
 from sapq_triton.targets import InputTracker, VersionedRef
 
 SPEC = QuantSpec(bits=3)
-SIMPLE: dict[str, Any] = dict(candidates=1, rounds=0, drift_correction=0.0)  # as `solve` by itself
+# as `solve` by itself
+SIMPLE: dict[str, Any] = dict(candidates=1, rounds=0, damp=0.01, drift_correction=0.0)
 quantize: Callable[..., Report] = partial(quantize_with_bar, progress=False, **SIMPLE)
 
 

@@ -13,20 +13,26 @@ METHODS: dict[str, Options] = {
     "SAPQ": {},
 }
 
-# the parts of SAPQ, one after another on top of GPTQ, and all of it but one
+FIXED: Options = dict(candidates=6, rounds=2, damp=0.01, drift_correction=0.5)
+
+# the parts of SAPQ, one after another on top of GPTQ, and what it chooses fixed
 PARTS: dict[str, Options] = {
     "exact OBQ": dict(preset="fast", order="obq"),
     "min-pivot order": dict(preset="fast", order="min-pivot"),
     "sensitivity order": dict(preset="fast", order="sensitivity"),
     "… + sweeps in the tile": dict(preset="fast", order="sensitivity", sweeps=2),
     "… + candidates": dict(preset="fast", order="sensitivity", sweeps=2, candidates=6),
-    "… + rounds": dict(drift_correction=0.0),
+    "… + rounds": FIXED | dict(drift_correction=0.0),
     "GPTQ order + drift correction": dict(preset="fast", order="natural", drift_correction=0.5),
     "activation order + drift correction": dict(preset="fast", drift_correction=0.5),
-    "SAPQ, drift correction .25": dict(drift_correction=0.25),
-    "SAPQ, drift correction 1": dict(drift_correction=1.0),
-    "SAPQ, damping .001": dict(damp=0.001),
-    "SAPQ, damping .1": dict(damp=0.1),
+    "GPTQ order, damping and drift chosen": dict(order="natural", candidates=1, rounds=0),
+    "SAPQ, nothing chosen": FIXED,
+    "SAPQ, drift correction .25": FIXED | dict(drift_correction=0.25),
+    "SAPQ, drift correction 1": FIXED | dict(drift_correction=1.0),
+    "SAPQ, damping .001": FIXED | dict(damp=0.001),
+    "SAPQ, damping .1": FIXED | dict(damp=0.1),
+    "SAPQ, damping .3": FIXED | dict(damp=0.3),
+    "SAPQ, damping .1, drift correction 1": FIXED | dict(damp=0.1, drift_correction=1.0),
     "SAPQ without bias correction": dict(bias_correction=False),
 }
 
@@ -36,4 +42,5 @@ def solver_options(method: str) -> Options:
     given = dict(METHODS[method])
     options = choose(given.pop("preset", "best"), **given)
     del options["drift_correction"]
+    options["damp"] = options["damp"] or 0.01  # there is nothing to choose it on
     return options
