@@ -11,6 +11,7 @@ import torch
 from .formats import FORMATS, Stored
 from .formats.folder import CONFIG, read_json
 from .language import DTYPES, quantize_folder
+from .preset import PresetName
 from .spec import Order, QuantSpec
 
 MEGABYTE = 10**6
@@ -51,7 +52,11 @@ def _parser() -> argparse.ArgumentParser:
         "--asymmetric", action="store_false", dest="symmetric", help="a zero point for each scale"
     )
     command.add_argument("--format", choices=FORMATS, default="gptq", help="(default gptq)")
-    command.add_argument("--order", choices=get_args(Order), default="sensitivity")
+    command.add_argument(
+        "--preset", choices=get_args(PresetName), default="best",
+        help="best: the least loss, a copy of the model beside it (default); fast: GPTQ's time",
+    )  # fmt: skip
+    command.add_argument("--order", choices=get_args(Order), help="(default that of the preset)")
     command.add_argument(
         "--samples", type=int, default=128, help="calibration sequences (default 128)"
     )
@@ -98,6 +103,7 @@ def _quantize_onnx(arguments: argparse.Namespace) -> None:
         mean=arguments.mean,
         std=arguments.std,
         size=arguments.size,
+        preset=arguments.preset,
         order=arguments.order,
         skip=arguments.skip,
     )
@@ -115,6 +121,7 @@ def _quantize_folder(arguments: argparse.Namespace) -> None:
         group_size=128 if arguments.group_size is None else arguments.group_size,
         symmetric=arguments.symmetric,
         format=arguments.format,
+        preset=arguments.preset,
         order=arguments.order,
         samples=arguments.samples,
         sequence_length=arguments.sequence_length,

@@ -12,6 +12,7 @@ from . import layers
 from .formats import find_format, save
 from .formats.folder import CONFIG, optional, read_json, refuse_foreign
 from .formats.layer import Outline
+from .preset import PresetName
 from .quantize import quantize
 from .report import Report
 from .spec import Order, QuantSpec
@@ -34,7 +35,8 @@ def quantize_folder(
     group_size: int = 128,
     symmetric: bool = True,
     format: str = "gptq",
-    order: Order = "sensitivity",
+    preset: PresetName = "best",
+    order: Order | None = None,
     samples: int = 128,
     sequence_length: int = 512,
     seed: int = 0,
@@ -49,7 +51,7 @@ def quantize_folder(
     target: folder to write, as `save` does. calibration: text in UTF-8, of which `samples`
     sequences of `sequence_length` tokens are drawn, without overlap, by `seed`.
     bits, group_size, symmetric: as in QuantSpec; scales are float16, or for "compressed-tensors"
-        of the dtype of the model. format: as in `save`. order: as in `solve`.
+        of the dtype of the model. format: as in `save`. preset, order: as in `quantize`.
     skip: glob patterns of layer names. output_layer: quantize also the layer that makes logits.
     dtype: one of "auto" (as stored), "float32", "float16", "bfloat16".
 
@@ -89,7 +91,9 @@ def quantize_folder(
         return body(input_ids=batch, use_cache=False)
 
     batches = sequences.split(SEQUENCES_PER_BATCH)
-    report = quantize(model, batches, spec, skip=patterns, order=order, forward=forward, pack=True)
+    report = quantize(
+        model, batches, spec, skip=patterns, preset=preset, order=order, forward=forward, pack=True
+    )
     companions = [path for path in sorted(source.iterdir()) if path.name.startswith(COMPANIONS)]
     save(model, target, format, report=report, files=companions)
     return report
