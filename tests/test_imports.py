@@ -155,7 +155,7 @@ def test_onnx_graphs_do_not_know_the_method(name: str) -> None:
 
 
 def test_the_command_line_is_outermost() -> None:
-    rooms = {"formats", "layers", "quantize", "report", "spec", "targets"}
+    rooms = {"formats", "layers", "preset", "quantize", "report", "spec", "targets"}
     ours, others = imports(ROOT / "sapq_triton" / "language.py")
     assert ours <= rooms and packages(others) <= {"torch"}
     for path in ROOT.glob("sapq_triton/**/*.py"):
