@@ -9,10 +9,10 @@ MAIN = ("RTN", "GPTQ order", "activation order", "SAPQ")
 
 
 def draw(name: str, loss: str, cells: Cells, folder: Path) -> None:
-    """Write NAME-errors.png and NAME-layers.png; cells by name as in `study.Cell`."""
+    """Write study-NAME.png and study-NAME-layers.png; cells by name as in `study.Cell`."""
     folder.mkdir(parents=True, exist_ok=True)
-    _errors(name, loss, cells, folder / f"{name}-errors.png")
-    _layers(name, cells, folder / f"{name}-layers.png")
+    _errors(name, loss, cells, folder / f"study-{name}.png")
+    _layers(name, cells, folder / f"study-{name}-layers.png")
 
 
 def _errors(name: str, loss: str, cells: Cells, path: Path) -> None:
