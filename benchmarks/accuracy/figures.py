@@ -4,6 +4,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.accuracy.methods import METHODS, PARTS
+
 Cells = dict[str, dict[str, Any]]
 MAIN = ("RTN", "GPTQ order", "activation order", "SAPQ")
 
@@ -15,6 +17,13 @@ def draw(name: str, loss: str, cells: Cells, folder: Path) -> None:
     _layers(name, cells, folder / f"study-{name}-layers.png")
 
 
+def _aims(method: str) -> bool:
+    """Whether layers aim at the outputs of the full-precision model."""
+    options = (METHODS | PARTS)[method]
+    by_default = options.get("preset") != "fast" and options.get("order") != "nearest"
+    return options.get("drift_correction", 1.0 if by_default else 0.0) > 0
+
+
 def _errors(name: str, loss: str, cells: Cells, path: Path) -> None:
     import matplotlib
 
@@ -23,14 +32,14 @@ def _errors(name: str, loss: str, cells: Cells, path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     for axis, kind in zip(axes, ("local error", "total error"), strict=True):
-        for method in sorted({key.split(" | ")[3] for key in cells}):
+        for number, method in enumerate(sorted({key.split(" | ")[3] for key in cells})):
             chosen = [cell for key, cell in cells.items() if key.split(" | ")[3] == method]
-            drift = "drift" in method or method == "SAPQ"
             axis.scatter(
                 [cell[kind] for cell in chosen],
                 [cell[loss] for cell in chosen],
                 label=method,
-                marker="o" if drift else "x",
+                marker="o" if _aims(method) else "x",
+                color=pyplot.get_cmap("tab20")(number % 20),
                 s=26,
             )
         axis.set(xscale="log", yscale="log", xlabel=f"{kind}, mean over layers, held-out data")
