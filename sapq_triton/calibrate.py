@@ -3,7 +3,8 @@
 To calibrate a layer on the outputs of the already quantized ones before it, the layer must be
 solved while every batch stands in front of it. `Lockstep` gives each batch its own forward pass and
 stops them all at the same module call: one forward pass per batch, whatever the depth of the model.
-The price is memory: the live activations of all batches at once.
+The price is memory: the live activations of all batches at once. `Replay` comes to the same with
+those of one batch, and runs each batch anew for every layer.
 """
 
 import threading
@@ -28,24 +29,28 @@ class Lockstep:
     """Forward passes that meet at stations.
 
     One pass runs at a time, in the order of the batches, so that everything is deterministic.
-    `order` ranks the stations: when all passes wait, those at the earliest station go on first.
-    Stations that it does not know come last.
+    actions: of each station, in the order of execution: when all passes wait, what is to be done at
+    the earliest station is done, and those that wait there go on first.
     """
 
-    def __init__(self, passes: Sequence[Action], order: Mapping[Hashable, int]) -> None:
+    def __init__(self, passes: Sequence[Action], actions: Mapping[Hashable, Action]) -> None:
         self._workers = [_Worker(run) for run in passes]
-        self._order = order
-        self._actions: dict[Hashable, Action] = {}
+        self._actions = actions
+        self._due: set[Hashable] = set()
+        self._rank = {station: rank for rank, station in enumerate(actions)}
 
-    def meet(self, station: Hashable, action: Action | None) -> None:
-        """Wait here, inside a forward pass, until all are waiting; `action` is done once.
+    def is_new(self, station: Hashable) -> bool:
+        """Whether the pass that asks has not been at this station before."""
+        return True
 
-        None: only wait; where no pass brings an action nothing is done.
+    def meet(self, station: Hashable, acts: bool = True) -> None:
+        """Wait here, inside a forward pass, until all are waiting.
+
+        acts: whether what is to be done here has to be; it is where one of the passes says so.
         """
-        if action is not None:
-            self._actions.setdefault(station, action)
-        worker = _Worker.current()
-        worker.wait_at(station)
+        if acts:
+            self._due.add(station)
+        _Worker.current().wait_at(station)
 
     def run(self) -> None:
         """Until all passes are finished. An exception in one of them ends them all."""
@@ -53,9 +58,10 @@ class Lockstep:
             for worker in self._workers:
                 worker.resume()
             while waiting := [worker for worker in self._workers if worker.station is not None]:
-                station = min((worker.station for worker in waiting), key=self._rank)
-                if action := self._actions.pop(station, None):
-                    action()
+                station = min((worker.station for worker in waiting), key=self._rank.__getitem__)
+                if station in self._due:
+                    self._due.remove(station)
+                    self._actions[station]()
                 for worker in waiting:
                     if worker.station == station:
                         worker.resume()
@@ -63,8 +69,62 @@ class Lockstep:
             for worker in self._workers:
                 worker.abandon()
 
-    def _rank(self, station: Hashable) -> int:
-        return self._order.get(station, len(self._order))
+
+class Replay:
+    """`Lockstep` with the activations of one pass at a time.
+
+    Every pass is given up at the first station that is not done, and starts again from the
+    beginning when it is: as many passes as stations, up to each of them.
+    """
+
+    def __init__(self, passes: Sequence[Action], actions: Mapping[Hashable, Action]) -> None:
+        self._passes, self._actions = passes, actions
+        self._rank = {station: rank for rank, station in enumerate(actions)}
+        self._done: set[Hashable] = set()
+        self._visits: set[tuple[int, Hashable]] = set()
+        self._number = 0  # of the pass that runs
+        self._due: set[Hashable] = set()
+        self._reached: Hashable | None = None
+        self._forgotten: Hashable | None = None
+
+    def is_new(self, station: Hashable) -> bool:
+        """Whether the pass that asks has not been at this station before."""
+        known = (self._number, station) in self._visits
+        self._visits.add((self._number, station))
+        return not known
+
+    def forget(self, station: Hashable) -> None:
+        """Every pass comes to this station anew."""
+        self._visits = {visit for visit in self._visits if visit[1] != station}
+        self._forgotten = station
+
+    def meet(self, station: Hashable, acts: bool = True) -> None:
+        """Go on where the station is done; else the pass ends here, for now. acts: as above."""
+        if station not in self._done:
+            if acts:
+                self._due.add(station)
+            self._reached = station
+            raise _Abandoned
+
+    def run(self) -> None:
+        """Until all passes have come to their end."""
+        while True:
+            reached: set[Hashable] = set()
+            self._due, self._forgotten = set(), None
+            for number, run in enumerate(self._passes):
+                self._number, self._reached = number, None
+                try:
+                    run()
+                except _Abandoned:
+                    reached.add(self._reached)
+            if not reached:
+                return
+            station = min(reached, key=self._rank.__getitem__)
+            if station == self._forgotten:
+                continue
+            if station in self._due:
+                self._actions[station]()
+            self._done.add(station)
 
 
 class _Worker:

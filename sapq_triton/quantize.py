@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from . import layers, packed
-from .calibrate import ChannelMoments, Lockstep
+from .calibrate import Action, ChannelMoments, Lockstep, Replay
 from .hessian import HessianSum, drifted
 from .layers import Layer
 from .ops import Backend, Precision, uses_triton
@@ -52,6 +52,7 @@ DAMP, DRIFT_CORRECTION = 0.01, 0.5
 BatchNormRule = Literal["paired", "reestimate", "keep"]
 Forward = Callable[[nn.Module, Any], object]
 Station = tuple[Literal["solve", "norm"], str]
+Meeting = Lockstep | Replay
 
 
 def quantize(
@@ -77,6 +78,7 @@ def quantize(
     attention_mask: str | None = "attention_mask",
     forward: Forward | None = None,
     pack: bool = False,
+    replay: bool = False,
     progress: bool = True,
 ) -> Report:
     """Quantize the weights of a model in place; codes and grids are in the report.
@@ -116,6 +118,8 @@ def quantize(
     pack: turn each layer into one that holds its codes in place of its weight (`packed`), in place:
         the outputs stay, memory falls. Layers that share a weight share the codes. A layer whose
         class is not PyTorch's own keeps its dequantized weight, with a note in its report.
+    replay: run each batch anew for every layer, instead of once with the live activations of all
+        batches in memory. The results are the same; as many forward passes as layers.
     progress: a bar, where tqdm is installed.
 
     Layers that get the same tensor (query, key and value; gate and up) and have the same spec share
@@ -157,7 +161,7 @@ def quantize(
                 target.notes.append(f"not packed: {reason}")
     run = _Run(
         model, batches, targets, batchnorm, bias_correction, drift, hessian_dtype,
-        attention_mask, forward or _call, options,
+        attention_mask, forward or _call, replay, options,
     )  # fmt: skip
     with _undisturbed(model), _restored_on_error(model), _bar(len(targets), progress) as advance:
         run.observe()
@@ -231,6 +235,7 @@ class _Run:
         hessian_dtype: torch.dtype,
         mask_key: str | None,
         forward: Forward,
+        replay: bool,
         options: dict[str, Any],
     ) -> None:
         self.model, self.batches, self.targets = model, batches, targets
@@ -240,7 +245,7 @@ class _Run:
         chooses = options["damp"] is None or drift_correction is None
         self.held_out = {*range(1, len(batches), 4)} if chooses else set()
         self.hessian_dtype, self.mask_key = hessian_dtype, mask_key
-        self.forward, self.options = forward, options
+        self.forward, self.replay, self.options = forward, replay, options
         self.device = next(model.parameters()).device
         self.modules = dict(model.named_modules())
         self.norms: dict[str, Layer] = {
@@ -353,12 +358,24 @@ class _Run:
             if original is not None:
                 passes.append(partial(self._run_batch, batch, number, original))
             passes.append(partial(self._run_batch, batch, number))
-        lockstep = Lockstep(passes, {s: rank for rank, s in enumerate(self.sequence)})
+        moments = {name: ChannelMoments() for name in self.norms if self._corrects_norm(name)}
+        actions: dict[Station, Action] = {
+            ("solve", twin): partial(self._solve, target, advance)
+            for target in self.targets.values()
+            for twin in target.twins
+        }
+        actions |= {
+            ("norm", name): partial(self._correct_norm, name, now) for name, now in moments.items()
+        }
+        seen = [station for station in self.sequence if station in actions]
+        meeting = (Replay if self.replay else Lockstep)(
+            passes, {station: actions[station] for station in [*seen, *actions]}
+        )
         hooks = []
         if original is not None:
             hooks += [
                 original.get_submodule(name).register_forward_pre_hook(
-                    partial(self._meet_original, lockstep, name), with_kwargs=True
+                    partial(self._meet_original, meeting, name), with_kwargs=True
                 )
                 for target in self.targets.values()
                 if not target.repeated
@@ -368,23 +385,21 @@ class _Run:
             for twin in target.twins:
                 hooks.append(
                     self.modules[twin].register_forward_pre_hook(
-                        partial(self._meet_layer, lockstep, target, twin, advance),
-                        with_kwargs=True,
+                        partial(self._meet_layer, meeting, target, twin), with_kwargs=True
                     )
                 )
         for name, module in self.norms.items():
             count = self.repeats.get(("norm", name), 0)
-            if self._corrects_norm(name):
+            if name in moments:
                 hooks.append(
                     module.register_forward_pre_hook(
-                        partial(self._meet_norm, lockstep, name, ChannelMoments()),
-                        with_kwargs=True,
+                        partial(self._meet_norm, meeting, name, moments[name]), with_kwargs=True
                     )
                 )
             elif self.batchnorm == "paired" and count > 1:
                 self.kept[name] = f"called {count} times in a forward pass"
         with _removed(hooks):
-            lockstep.run()
+            meeting.run()
         missed = [target for target in self.targets.values() if not target.solved]
         for target in missed:
             target.leader, target.solution = None, None
@@ -402,43 +417,41 @@ class _Run:
         return self.bias_correction and self.modules[name].bias is not None and not handled
 
     def _meet_layer(
-        self,
-        lockstep: Lockstep,
-        target: Target,
-        name: str,
-        advance: Callable[[], None],
-        module: Layer,
-        args: Any,
-        kwargs: Any,
+        self, meeting: Meeting, target: Target, name: str, module: Layer, args: Any, kwargs: Any
     ) -> None:
-        if target.solved:
-            return
-        call = self._call(name, args, kwargs)
-        if target.leader is not None:
-            self._share_inputs(target, target.leader, call)
-        elif not target.repeated:
-            self._add_rows(target, call)
-            self._pass.inputs[name] = VersionedRef(call.inputs)
-        lockstep.meet(("solve", name), partial(self._solve, target, advance))
+        station: Station = ("solve", name)
+        if not target.solved and meeting.is_new(station):
+            call = self._call(name, args, kwargs)
+            if target.leader is not None:
+                self._share_inputs(meeting, target, target.leader, call)
+            elif not target.repeated:
+                self._add_rows(target, call)
+        if target.leader is None:  # its companions ask for it
+            self._pass.inputs[name] = VersionedRef(layers.called_with(name, args, kwargs))
+        if not target.solved:
+            meeting.meet(station)
 
     def _meet_original(
-        self, lockstep: Lockstep, name: str, module: Layer, args: Any, kwargs: Any
+        self, meeting: Meeting, name: str, module: Layer, args: Any, kwargs: Any
     ) -> None:
         """The full-precision model waits with its input: the quantized one comes after it."""
         key = self._pass.number, name
         self._original[key] = layers.called_with(name, args, kwargs)
-        lockstep.meet(("solve", name), None)
+        meeting.meet(("solve", name), acts=False)
         del self._original[key]
 
-    def _share_inputs(self, target: Target, leader: Target, call: Call) -> None:
+    def _share_inputs(self, meeting: Meeting, target: Target, leader: Target, call: Call) -> None:
         """The rows are in the leader's Hessian, unless quantization changed the model's ways."""
-        target.calls.append(call)
+        if not self.replay:
+            target.calls.append(call)
         met = self._pass.inputs.get(leader.name)
         if met is None or not met.matches(call.inputs):
             target.leader, target.solution = None, None
             target.notes.append(f"once quantized, not on the inputs of {leader.name}: solved alone")
             for each in target.calls:  # of other batches, which wait, and of this one
                 self._add_rows(target, each)
+            if isinstance(meeting, Replay):
+                meeting.forget(("solve", target.name))
 
     def _call(self, name: str, args: Any, kwargs: Any) -> Call:
         original = self._original.get((self._pass.number, name))
@@ -572,20 +585,22 @@ class _Run:
 
     def _meet_norm(
         self,
-        lockstep: Lockstep,
+        meeting: Meeting,
         name: str,
         now: ChannelMoments,
         module: Layer,
         args: Any,
         kwargs: Any,
     ) -> None:
+        station: Station = ("norm", name)
         if name in self.corrected:
             return
-        now.add(layers.called_with(name, args, kwargs))
-        lockstep.meet(("norm", name), partial(self._correct_norm, name, now, module))
+        if meeting.is_new(station):
+            now.add(layers.called_with(name, args, kwargs))
+        meeting.meet(station)
 
-    def _correct_norm(self, name: str, now: ChannelMoments, module: Layer) -> None:
-        before = self.before["norm", name]
+    def _correct_norm(self, name: str, now: ChannelMoments) -> None:
+        module, before = self.norms[name], self.before["norm", name]
         shift = torch.zeros(1)
         if before.mean is not None and now.mean is not None:
             # a channel that was constant, or has become so, has no scale to correct

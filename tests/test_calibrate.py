@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sapq_triton import calibrate
-from sapq_triton.calibrate import ChannelMoments, Lockstep
+from sapq_triton.calibrate import ChannelMoments, Lockstep, Replay
 
 
 @pytest.fixture(autouse=True)
@@ -20,22 +20,26 @@ def no_thread_is_left() -> Iterator[None]:
     assert set(threading.enumerate()) == before
 
 
+ORDER = "abcdefyz"
+
+
 class Trace:
     """Passes that walk from station to station, and what happened in which order.
 
     "0>a": pass 0 arrives at station a, "a": the action of a is done, "0.": pass 0 is finished.
     """
 
-    def __init__(self, *routes: str, order: str = "abcdef") -> None:
+    def __init__(self, *routes: str, kind: type[Lockstep] | type[Replay] = Lockstep) -> None:
         self.events: list[str] = []
         self.running = 0
         passes = [partial(self._walk, number, route) for number, route in enumerate(routes)]
-        self.lockstep = Lockstep(passes, {station: rank for rank, station in enumerate(order)})
+        self.lockstep = kind(passes, {station: partial(self._work, station) for station in ORDER})
 
     def _walk(self, number: int, route: str) -> None:
         for station in route:
-            self._work(f"{number}>{station}")
-            self.lockstep.meet(station, partial(self._work, station))
+            if self.lockstep.is_new(station):
+                self._work(f"{number}>{station}")
+            self.lockstep.meet(station)
         self._work(f"{number}.")
 
     def _work(self, event: str) -> None:
@@ -70,9 +74,6 @@ class Trace:
         pytest.param(["", "a", ""], "0. 1>a 2. a 1.", id="passes-that-end-early"),
         pytest.param(["ac", "bc"], "0>a 1>b a 0>c b 1>c c 0. 1.", id="branches"),
         pytest.param(["aa", "a"], "0>a 1>a a 0>a 1. a 0.", id="station-met-twice"),
-        pytest.param(
-            ["za", "zyb"], "0>z 1>z z 0>a 1>y a 0. y 1>b b 1.", id="unknown-stations-last"
-        ),
     ],
 )
 def test_passes_meet_in_order(routes: list[str], expected: str) -> None:
@@ -93,16 +94,57 @@ def test_two_runs_are_alike() -> None:
     assert Trace(*routes).run() == Trace(*routes).run()
 
 
-def test_first_pass_to_arrive_brings_the_action() -> None:
+@pytest.mark.parametrize("kind", [Lockstep, Replay])
+def test_nothing_is_done_where_all_passes_only_wait(kind: type[Lockstep] | type[Replay]) -> None:
     done: list[str] = []
 
-    def walk(number: int) -> None:
-        for visit in range(2):
-            lockstep.meet("a", partial(done.append, f"visit {visit} of pass {number}"))
+    def walk(acts: bool) -> None:
+        meeting.meet("a", acts=False)
+        meeting.meet("b", acts=acts)
 
-    lockstep = Lockstep([partial(walk, number) for number in range(3)], {"a": 0})
-    lockstep.run()
-    assert done == ["visit 0 of pass 0", "visit 1 of pass 0"]
+    meeting = kind(
+        [partial(walk, False), partial(walk, True)],
+        {"a": partial(done.append, "a"), "b": partial(done.append, "b")},
+    )
+    meeting.run()
+    assert done == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("routes", "expected"),
+    [
+        pytest.param([], "", id="no-pass"),
+        pytest.param([""], "0.", id="no-station"),
+        pytest.param(["ab", "ab"], "0>a 1>a a 0>b 1>b b 0. 1.", id="all-alike"),
+        pytest.param(
+            ["abc", "c", "bc"], "0>a 1>c 2>b a 0>b b 0>c 2>c c 0. 1. 2.", id="stations-skipped"
+        ),
+        pytest.param(["ac", "bc"], "0>a 1>b a 0>c b 1>c c 0. 1.", id="branches"),
+        pytest.param(["ba", "ab"], "0>b 1>a a 1>b b 0>a 0. 1.", id="against-the-order"),
+    ],
+)
+def test_replayed_passes_arrive_as_in_lockstep(routes: list[str], expected: str) -> None:
+    assert Trace(*routes, kind=Replay).run() == expected
+
+
+def test_replay_comes_again_where_it_is_told_to_forget() -> None:
+    seen: list[tuple[int, int]] = []
+    forgotten: list[str] = []
+
+    def walk(number: int) -> None:
+        if replay.is_new("a"):
+            seen.append((number, len(forgotten)))
+        if number == 1 and not forgotten:
+            forgotten.append("a")
+            replay.forget("a")
+        replay.meet("a")
+
+    done: list[int] = []
+    replay = Replay([partial(walk, n) for n in range(3)], {"a": lambda: done.append(len(seen))})
+    replay.run()
+    # pass 2 was new to the station after it was forgotten, and has not come twice since
+    assert seen == [(0, 0), (1, 0), (2, 1), (0, 1), (1, 1)]
+    assert done == [5]
 
 
 def test_what_an_action_did_is_seen_behind_the_station() -> None:
@@ -112,10 +154,10 @@ def test_what_an_action_did_is_seen_behind_the_station() -> None:
     def add(value: int) -> None:
         nonlocal total
         total += value
-        lockstep.meet("sum", lambda: None)
+        lockstep.meet("sum")
         seen.append(total)
 
-    lockstep = Lockstep([partial(add, value) for value in (1, 2, 3)], {"sum": 0})
+    lockstep = Lockstep([partial(add, value) for value in (1, 2, 3)], {"sum": nothing})
     lockstep.run()
     assert seen == [6, 6, 6]
 
@@ -125,6 +167,10 @@ def test_no_thread_before_it_runs() -> None:
     trace = Trace("a", "a")
     assert threading.active_count() == before
     assert trace.events == []
+
+
+def nothing() -> None:
+    pass
 
 
 class Accident(Exception):
@@ -146,12 +192,12 @@ def test_error_in_one_pass_ends_all(where: str, kind: type[BaseException]) -> No
                 if number == 1 and place == where:
                     raise kind("in pass 1")
                 if place != "end":
-                    lockstep.meet(place, lambda: None)
+                    lockstep.meet(place)
             left.append(f"{number} finished")
         finally:
             left.append(str(number))
 
-    lockstep = Lockstep([partial(walk, n) for n in range(3)], {"start": 0, "middle": 1})
+    lockstep = Lockstep([partial(walk, n) for n in range(3)], {"start": nothing, "middle": nothing})
     with pytest.raises(kind, match="in pass 1"):
         lockstep.run()
     expected = {
@@ -170,11 +216,11 @@ def test_error_in_an_action_ends_all() -> None:
 
     def walk(number: int) -> None:
         try:
-            lockstep.meet("a", fail)
+            lockstep.meet("a")
         finally:
             left.append(number)
 
-    lockstep = Lockstep([partial(walk, number) for number in range(3)], {"a": 0})
+    lockstep = Lockstep([partial(walk, number) for number in range(3)], {"a": fail})
     with pytest.raises(Accident, match="in the action"):
         lockstep.run()
     assert left == [0, 1, 2]
@@ -185,14 +231,16 @@ def test_a_pass_that_handles_exceptions_ends_as_well() -> None:
 
     def walk(number: int) -> None:
         try:
-            lockstep.meet("a", lambda: None)
+            lockstep.meet("a")
             if number == 1:
                 raise Accident
-            lockstep.meet("b", lambda: None)
+            lockstep.meet("b")
         except ValueError as error:
             handled.append(error)
 
-    lockstep = Lockstep([partial(walk, number) for number in range(3)], {"a": 0, "b": 1})
+    lockstep = Lockstep(
+        [partial(walk, number) for number in range(3)], {"a": nothing, "b": nothing}
+    )
     with pytest.raises(Accident):
         lockstep.run()
     assert handled == []
@@ -200,16 +248,16 @@ def test_a_pass_that_handles_exceptions_ends_as_well() -> None:
 
 def test_a_pass_that_meets_again_on_its_way_out_does_not_hang() -> None:
     def fail() -> None:
-        lockstep.meet("a", lambda: None)
+        lockstep.meet("a")
         raise Accident
 
     def walk() -> None:
         try:
-            lockstep.meet("a", lambda: None)
+            lockstep.meet("a")
         finally:
-            lockstep.meet("b", lambda: None)
+            lockstep.meet("b")
 
-    lockstep = Lockstep([fail, walk, walk], {"a": 0, "b": 1})
+    lockstep = Lockstep([fail, walk, walk], {"a": nothing, "b": nothing})
     with pytest.raises(Accident):
         lockstep.run()
 
@@ -220,10 +268,10 @@ def test_no_gradients_inside_and_the_mode_of_the_caller_outside() -> None:
 
     def run() -> None:
         inside.append((weight * 2).requires_grad)
-        lockstep.meet("a", lambda: None)
+        lockstep.meet("a")
         inside.append((weight * 2).requires_grad)
 
-    lockstep = Lockstep([run, run], {"a": 0})
+    lockstep = Lockstep([run, run], {"a": nothing})
     lockstep.run()
     assert inside == [False] * 4
     assert (weight * 2).requires_grad
