@@ -89,13 +89,12 @@ class Replay:
 
     def is_new(self, station: Hashable) -> bool:
         """Whether the pass that asks has not been at this station before."""
-        known = (self._number, station) in self._visits
+        known = (self._number, station) in self._visits or station == self._forgotten
         self._visits.add((self._number, station))
         return not known
 
     def forget(self, station: Hashable) -> None:
-        """Every pass comes to this station anew."""
-        self._visits = {visit for visit in self._visits if visit[1] != station}
+        """Every pass comes to this station anew, from the first one on."""
         self._forgotten = station
 
     def meet(self, station: Hashable, acts: bool = True) -> None:
@@ -110,6 +109,7 @@ class Replay:
         """Until all passes have come to their end."""
         while True:
             reached: set[Hashable] = set()
+            self._visits = {visit for visit in self._visits if visit[1] != self._forgotten}
             self._due, self._forgotten = set(), None
             for number, run in enumerate(self._passes):
                 self._number, self._reached = number, None
