@@ -13,6 +13,7 @@ from .allocate import Allocation, ErrorCurves, LayerCurve, allocate
 from .curves import error_curves
 from .formats import load, save
 from .integrations import patch, unpatch
+from .language import quantize_folder
 from .mixed import FloatColumnsResult, RowBitsResult, solve_float_columns, solve_row_bits
 from .quantize import quantize
 from .report import LayerReport, Report
@@ -38,6 +39,7 @@ __all__ = [
     "load",
     "patch",
     "quantize",
+    "quantize_folder",
     "save",
     "solve",
     "solve_float_columns",

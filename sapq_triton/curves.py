@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import layers, scores
 from .allocate import ErrorCurves, LayerCurve
+from .forward import Forward, feed, to_device, undisturbed
 from .hessian import HessianSum
 from .layers import Layer
-from .quantize import Forward, _call, _to_device, _undisturbed
 from .result import layer_error
 from .scores import Loss, Rounded
 from .solver import solve
@@ -86,14 +86,14 @@ def error_curves(
     device = next(model.parameters()).device
 
     def run(batch: Any) -> object:
-        return (forward or _call)(model, _to_device(batch, device))
+        return (forward or feed)(model, to_device(batch, device))
 
     def mask_of(batch: Any) -> Tensor | None:
         mask = batch.get(attention_mask) if isinstance(batch, Mapping) and attention_mask else None
         return mask.bool().to(device) if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     found: dict[str, dict[str, tuple[float, ...]]] = {}
-    with _undisturbed(model):
+    with undisturbed(model):
         if wanted == ("relative",):
             loss = None
         elif loss is None:

@@ -3,19 +3,22 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import layers
-from .formats import find_format, save
-from .formats.folder import CONFIG, optional, read_json, refuse_foreign
+from .blockwise import Blockwise
+from .formats import find_format
+from .formats.folder import CONFIG, optional, program, read_json, refuse_foreign, sha256
+from .formats.job import open_job
 from .formats.layer import Outline
+from .formats.writer import check, config, join
 from .preset import PresetName
-from .quantize import quantize
 from .report import Report
 from .spec import Order, QuantSpec
+from .stream import Chain, find_chain
 from .targets import find_targets
 
 SEQUENCES_PER_BATCH = 8
@@ -24,6 +27,8 @@ COMPANIONS = (
     "added_tokens", "chat_template", "generation_config", "merges", "special_tokens_map",
     "spiece", "tokenizer", "vocab", "LICENSE", "NOTICE",
 )  # fmt: skip
+
+Where = Literal["memory", "disk"]
 
 
 def quantize_folder(
@@ -44,6 +49,8 @@ def quantize_folder(
     output_layer: bool = False,
     device: str = "cpu",
     dtype: str = "auto",
+    activations: Where = "memory",
+    restart: bool = False,
 ) -> Report:
     """Load, calibrate on a text, quantize, and save beside the tokenizer's files.
 
@@ -55,48 +62,110 @@ def quantize_folder(
     skip: glob patterns of layer names. output_layer: quantize also the layer that makes logits.
     dtype: one of "auto" (as stored), "float32", "float16", "bfloat16".
 
-    ValueError, before anything is solved, for what cannot be read, drawn, or saved.
+    One block of the model after the other is copied to the device, quantized, and written; all else
+    stays in the files until it is needed. A model that is no chain of blocks (`stream.find_chain`)
+    is one part; its report says so.
+    activations: "memory" holds those that go into a block in memory, and of all batches those
+        inside of it on the device. "disk" holds those of one batch, and runs each batch anew for
+        every layer of the block.
+    restart: begin anew. Else a job that was interrupted, however, goes on after its last finished
+        block, which `.TARGET.job` beside the target keeps, and comes to the same bytes.
+
+    ValueError, before anything is solved, for what cannot be read, drawn, or saved, and where an
+    unfinished job had other options, inputs, or versions of this program and of PyTorch.
     """
     source, target, chosen = Path(source), Path(target), find_format(format)
     spec = QuantSpec(bits, group_size, symmetric, scale_dtype="float16")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
+    if activations not in ("memory", "disk"):
+        raise ValueError(f"activations must be 'memory' or 'disk', got {activations!r}")
     if not (source / CONFIG).is_file():
         raise ValueError(f"{source} is not a model folder: it has no {CONFIG}")
     if "quantization_config" in read_json(source / CONFIG):
         raise ValueError(f"{source} is quantized already")
     refuse_foreign(target.resolve())
-    text = read_text(Path(calibration))
+    text, skip = read_text(Path(calibration)), list(skip)
 
     transformers = optional("transformers")
     local: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, **local)
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     sequences = draw_sequences(tokens, samples, sequence_length, seed, str(calibration))
+    # as it is stored: its tensors then stay in the files until somebody reads them
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, use_safetensors=True, **local
-    ).to(device)
+        source, dtype="auto", use_safetensors=True, **local
+    ).eval()
     _check_tokens(model, sequences)
-
+    own = model.dtype if dtype == "auto" else getattr(torch, dtype)
     if format == "compressed-tensors":
-        own: Any = str(model.dtype).removeprefix("torch.")
-        spec = replace(spec, scale_dtype=own)
-    patterns = [*skip, *([] if output_layer else _output_layer(model))]
-    for goal in find_targets(model, spec, patterns, {})[0].values():
-        chosen.check(Outline.of(goal.name, goal.module, goal.spec))
+        scale_dtype: Any = str(own).removeprefix("torch.")
+        spec = replace(spec, scale_dtype=scale_dtype)
+    head = _output_layer(model)
+    patterns = [*skip, *([] if output_layer else head)]
+    goals, skipped = find_targets(model, spec, patterns, {})
+    outlines = {
+        goal.name: replace(Outline.of(goal.name, goal.module, goal.spec), dtype=own)
+        for goal in goals.values()
+    }
+    check(chosen, model, outlines)
+    about = {
+        "options": dict(
+            bits=bits, group_size=group_size, symmetric=symmetric, format=format, preset=preset,
+            order=order, samples=samples, sequence_length=sequence_length, seed=seed, skip=skip,
+            output_layer=output_layer, dtype=dtype, activations=activations,
+        ),
+        "inputs": {path.name: sha256(path) for path in sorted(source.iterdir()) if path.is_file()},
+        "calibration": sha256(Path(calibration)),
+        "environment": _environment(torch.device(device)),
+    }  # fmt: skip
 
-    def forward(_: nn.Module, batch: Tensor) -> object:
-        # the logits of all tokens would be the largest tensor of all
-        body = model if output_layer else model.base_model
-        return body(input_ids=batch, use_cache=False)
-
-    batches = sequences.split(SEQUENCES_PER_BATCH)
-    report = quantize(
-        model, batches, spec, skip=patterns, preset=preset, order=order, forward=forward, pack=True
+    with open_job(target, about, restart) as job:
+        batches = sequences.split(SEQUENCES_PER_BATCH)
+        forward = _whole if output_layer else _body
+        chain = find_chain(model, batches, forward, own)
+        behind = outlines.keys() & set(head)
+        if isinstance(chain, Chain) and not all(map(chain.holds, outlines.keys() - behind)):
+            chain = "layers outside of its blocks are to be quantized"
+        if isinstance(chain, str):
+            model.to(own)
+        content = config(chosen, model, outlines)
+        reports = Blockwise(
+            model, chain, batches, forward, spec, format,
+            options=dict(skip=patterns, preset=preset, order=order, replay=activations == "disk"),
+            device=torch.device(device), dtype=own, in_memory=activations == "memory",
+            behind=bool(behind), job=job,
+        ).run()  # fmt: skip
+        companions = [path for path in sorted(source.iterdir()) if path.name.startswith(COMPANIONS)]
+        parts = [job.part(number) for number in range(len(reports))]
+        join(parts, target, format, content, companions)
+    return Report(
+        tuple(layer for report in reports for layer in report.layers),
+        skipped | {name: why for report in reports for name, why in report.skipped.items()},
+        {name: shift for report in reports for name, shift in report.corrected.items()},
+        sum(report.seconds for report in reports),
     )
-    companions = [path for path in sorted(source.iterdir()) if path.name.startswith(COMPANIONS)]
-    save(model, target, format, report=report, files=companions)
-    return report
+
+
+def _whole(model: nn.Module, batch: Tensor) -> object:
+    return model(input_ids=batch, use_cache=False)
+
+
+def _body(model: nn.Module, batch: Tensor) -> object:
+    """Without logits: those of all tokens would be the largest tensor of all."""
+    body: Any = model.base_model
+    return body(input_ids=batch, use_cache=False)
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    """What the bits of a result may depend on."""
+    transformers = optional("transformers")
+    found: dict[str, Any] = {
+        "program": program(), "torch": torch.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+    if device.type == "cpu":
+        return found | {"device": "cpu", "threads": torch.get_num_threads()}
+    return found | {"device": torch.cuda.get_device_name(device)}
 
 
 def read_text(path: Path) -> str:

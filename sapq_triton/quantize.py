@@ -7,8 +7,6 @@ BatchNorm and bias is corrected on the way.
 """
 
 import copy
-import inspect
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +14,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import layers, packed
 from .calibrate import Action, ChannelMoments, Lockstep, Replay
+from .forward import Forward, feed, to_device, undisturbed
 from .hessian import HessianSum, drifted
 from .layers import Layer
 from .ops import Backend, Precision, uses_triton
@@ -50,7 +48,6 @@ OTHER_WAYS = "once quantized, not called as in full precision: drift of some inp
 DAMP, DRIFT_CORRECTION = 0.01, 0.5
 
 BatchNormRule = Literal["paired", "reestimate", "keep"]
-Forward = Callable[[nn.Module, Any], object]
 Station = tuple[Literal["solve", "norm"], str]
 Meeting = Lockstep | Replay
 
@@ -161,9 +158,9 @@ def quantize(
                 target.notes.append(f"not packed: {reason}")
     run = _Run(
         model, batches, targets, batchnorm, bias_correction, drift, hessian_dtype,
-        attention_mask, forward or _call, replay, options,
+        attention_mask, forward or feed, replay, options,
     )  # fmt: skip
-    with _undisturbed(model), _restored_on_error(model), _bar(len(targets), progress) as advance:
+    with undisturbed(model), _restored_on_error(model), _bar(len(targets), progress) as advance:
         run.observe()
         run.solve_all(advance)
         if batchnorm == "reestimate":
@@ -647,7 +644,7 @@ class _Run:
                 packed.to_packed(twin, spec, tensors)
 
     def _run_batch(self, batch: Any, number: int = 0, model: nn.Module | None = None) -> None:
-        batch = _to_device(batch, self.device)
+        batch = to_device(batch, self.device)
         mask = batch.get(self.mask_key) if isinstance(batch, Mapping) and self.mask_key else None
         self._pass.inputs, self._pass.number = {}, number
         self._pass.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
@@ -664,32 +661,6 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _call(model: nn.Module, batch: Any) -> object:
-    """The default way to feed a batch; see `quantize`."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        taken = [p.kind for p in inspect.signature(model.forward).parameters.values()]
-        if inspect.Parameter.VAR_POSITIONAL not in taken:
-            named = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD
-            batch = batch[: sum(kind not in named for kind in taken)]
-        return model(*batch)
-    return model(batch)
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        moved = [_to_device(value, device) for value in batch]
-        if isinstance(batch, list):
-            return moved
-        return batch._make(moved) if hasattr(batch, "_make") else tuple(moved)  # a namedtuple stays
-    return batch
-
-
 @contextmanager
 def _removed(hooks: list[RemovableHandle]) -> Iterator[None]:
     try:
@@ -697,36 +668,6 @@ def _removed(hooks: list[RemovableHandle]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; train/eval state and random generators as before.
-
-    Neither autocast nor inference mode would reach the threads of the second pass: both are off.
-    So is the fast path of nn.Transformer, which calls no layer.
-    """
-    device = next(model.parameters()).device.type
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    training = {module: module.training for module in model.modules()}
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with (
-        torch.random.fork_rng(devices),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(device, enabled=False),
-    ):
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            model.eval()
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
-            for module, state in training.items():
-                module.training = state
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
 
 
 @contextmanager

@@ -119,3 +119,14 @@ class Report:
             )
         lines += [f"{name}: left as it was, {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
+
+    def to_json(self):
+        import pickle, base64
+
+        return base64.b64encode(pickle.dumps(self)).decode()
+
+    @classmethod
+    def from_json(cls, c):
+        import pickle, base64
+
+        return pickle.loads(base64.b64decode(c))

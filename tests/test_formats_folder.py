@@ -42,7 +42,7 @@ STEPS = [
     ("write_json", writer),
     ("sha256", writer),
     ("_read_back", writer),
-    ("_sync", folder_module),
+    ("sync", folder_module),
     ("_swap", folder_module),
 ]
 

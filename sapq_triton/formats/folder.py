@@ -74,9 +74,9 @@ def replaced(folder: Path) -> Iterator[Path]:
             _empty(partial)
             yield partial
             for path in (*partial.iterdir(), partial):
-                _sync(path)
+                sync(path)
             _swap(partial, folder)
-            _sync(folder.parent)
+            sync(folder.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # half a new folder, or the old one
     finally:
@@ -106,7 +106,8 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

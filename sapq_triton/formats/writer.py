@@ -1,8 +1,9 @@
 """Write a model with packed layers, and believe nothing until it is read back."""
 
 import json
+import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from ..packed import BUFFERS, PackedWeight
 from ..report import Report
 from .folder import (
     CONFIG,
+    INDEX,
     MANIFEST,
     MANIFEST_VERSION,
+    WEIGHTS,
+    Tensors,
     program,
+    read_manifest,
     refuse_foreign,
     replaced,
     sha256,
@@ -61,23 +66,90 @@ def save(
     layers = {name: Outline.of(name, module) for name, module in _packed(model).items()}
     if not layers:
         raise ValueError("the model has no packed layer: quantize(..., pack=True)")
-    _check(chosen, model, layers)
+    check(chosen, model, layers)
     refuse_foreign(target.resolve())
+    content = config(chosen, model, layers)
     tensors, others = _encode(chosen, model, layers)
-    content = _config(chosen, model, layers)
     with replaced(target) as partial:
         write_tensors(partial, tensors, max_shard_size)
-        write_json(partial / CONFIG, content)
-        if isinstance(chosen, GPTQ):  # where older programs look
-            write_json(partial / "quantize_config.json", content["quantization_config"])
-        for file in map(Path, files):
-            if (partial / file.name).exists() or file.name == MANIFEST:
-                raise ValueError(f"{file} would take the place of a file of the model")
-            shutil.copyfile(file, partial / file.name)
+        _write_options(partial, chosen, content, files)
         manifest = _manifest(chosen, layers, tensors, report)
         manifest["files"] = {path.name: sha256(path) for path in sorted(partial.iterdir())}
         write_json(partial / MANIFEST, manifest)
         _read_back(partial, model, layers, others)
+
+
+def save_part(model: nn.Module, folder: Path, format: str, report: Report | None) -> None:
+    """Write a part of a model, which may have no packed layer, for `join`; as careful as `save`."""
+    chosen = find_format(format)
+    layers = {name: Outline.of(name, module) for name, module in _packed(model).items()}
+    tensors, others = _encode(chosen, model, layers)
+    with replaced(folder) as partial:
+        write_tensors(partial, tensors, max_shard_size=2**60)
+        if layers:
+            _write_options(partial, chosen, config(chosen, model, layers))
+        manifest = _manifest(chosen, layers, tensors, report)
+        manifest["files"] = {path.name: sha256(path) for path in sorted(partial.iterdir())}
+        write_json(partial / MANIFEST, manifest)
+        _read_back(partial, model, layers, others)
+
+
+def join(
+    parts: Sequence[Path],
+    folder: Path,
+    format: str,
+    content: Mapping[str, Any],
+    files: Iterable[str | Path] = (),
+) -> None:
+    """One folder of the parts of a model, each of which becomes a file of weights.
+
+    content: of config.json, see `config`. files: as in `save`.
+    """
+    chosen = find_format(format)
+    manifest = _manifest(chosen, {}, {}, None)
+    with replaced(folder) as partial:
+        index: dict[str, Any] = {"metadata": {"total_size": 0}, "weight_map": {}}
+        hashes = {}
+        for number, part in enumerate(parts, 1):
+            own, tensors = read_manifest(part), Tensors.of(part)
+            name = f"model-{number:05}-of-{len(parts):05}.safetensors"
+            file = name if len(parts) > 1 else WEIGHTS
+            _link(part / WEIGHTS, partial / file)
+            hashes[file] = own["files"][WEIGHTS]
+            index["weight_map"] |= dict.fromkeys(tensors.files, file)
+            index["metadata"]["total_size"] += tensors.bytes_of(tensors.files)
+            manifest["layers"] |= own["layers"]
+            manifest["tensors"] |= own["tensors"]
+        if len(parts) > 1:
+            write_json(partial / INDEX, index)
+        _write_options(partial, chosen, content, files)
+        written = {path.name for path in partial.iterdir()} - hashes.keys()
+        hashes |= {name: sha256(partial / name) for name in written}
+        manifest["files"] = dict(sorted(hashes.items()))
+        write_json(partial / MANIFEST, manifest)
+        stored = Stored.of(partial)
+        stored.tensors.check(stored.manifest)
+
+
+def _link(file: Path, target: Path) -> None:
+    """Both names for one file, or a copy where the file system has no links."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
+
+
+def _write_options(
+    folder: Path, chosen: Format, content: Mapping[str, Any], files: Iterable[str | Path] = ()
+) -> None:
+    """Everything but the weights and the manifest."""
+    write_json(folder / CONFIG, content)
+    if isinstance(chosen, GPTQ):  # where older programs look
+        write_json(folder / "quantize_config.json", content["quantization_config"])
+    for file in map(Path, files):
+        if (folder / file.name).exists() or file.name == MANIFEST:
+            raise ValueError(f"{file} would take the place of a file of the model")
+        shutil.copyfile(file, folder / file.name)
 
 
 def _packed(model: nn.Module) -> dict[str, PackedWeight]:
@@ -89,7 +161,8 @@ def _packed(model: nn.Module) -> dict[str, PackedWeight]:
     return dict(found.values())
 
 
-def _check(chosen: Format, model: nn.Module, layers: Mapping[str, Outline]) -> None:
+def check(chosen: Format, model: nn.Module, layers: Mapping[str, Outline]) -> None:
+    """ValueError for what a format cannot hold; layers: those that are, or will be, packed."""
     for layer in layers.values():
         chosen.check(layer)
     if isinstance(chosen, Sapq):
@@ -130,8 +203,10 @@ def _encode(
     return {**others, **encoded}, others
 
 
-def _config(chosen: Format, model: nn.Module, layers: Mapping[str, Outline]) -> dict[str, Any]:
-    """config.json: that of a transformers model, or only what the format says."""
+def config(chosen: Format, model: nn.Module, layers: Mapping[str, Outline]) -> dict[str, Any]:
+    """Content of config.json: of a transformers model, or only what the format says. layers: as in
+    `check`.
+    """
     content: dict[str, Any] = {}
     own: Any = getattr(model, "config", None)
     if hasattr(own, "to_json_string"):
@@ -140,7 +215,8 @@ def _config(chosen: Format, model: nn.Module, layers: Mapping[str, Outline]) -> 
         content |= {"architectures": [type(model).__name__], "dtype": dtype}
     output = getattr(model, "get_output_embeddings", lambda: None)()
     head = next((name for name, module in model.named_modules() if module is output), None)
-    options = chosen.config(layers.values(), unpacked_linear(model), head)
+    left = [name for name in unpacked_linear(model) if name not in layers]
+    options = chosen.config(layers.values(), left, head)
     return {**content, "quantization_config": options}
 
 
@@ -172,8 +248,21 @@ def _read_back(
     """What lies in the folder is what the model holds, or RuntimeError: a fault of this program, or
     of the disk.
     """
+    tensors = Tensors.of(folder)
+    tensors.check(read_manifest(folder))
+    if layers:
+        _read_back_layers(folder, model, layers, others)
+    elif tensors.files.keys() != others.keys():
+        raise RuntimeError(f"{folder}: read back {[*tensors.files]}")
+    for name, tensor in others.items():
+        if not _same(tensor, tensors.take(name, tuple(tensor.shape), (tensor.dtype,))):
+            raise RuntimeError(f"{folder}: {name!r} is not what was written")
+
+
+def _read_back_layers(
+    folder: Path, model: nn.Module, layers: Mapping[str, Outline], others: Mapping[str, Tensor]
+) -> None:
     stored = Stored.of(folder)
-    stored.tensors.check(stored.manifest)
     if stored.layers.keys() != layers.keys() or set(stored.others) != others.keys():
         raise RuntimeError(f"{folder}: read back {[*stored.layers]} and {stored.others}")
     for name, layer in stored.layers.items():
@@ -186,9 +275,6 @@ def _read_back(
         for buffer in BUFFERS:
             if not _same(getattr(module, buffer), decoded[buffer]):
                 raise RuntimeError(f"{folder}: {buffer} of {name!r} is not what was written")
-    for name, tensor in others.items():
-        if not _same(tensor, stored.tensors.take(name, tuple(tensor.shape), (tensor.dtype,))):
-            raise RuntimeError(f"{folder}: {name!r} is not what was written")
 
 
 def _same(ours: Tensor | None, read: Tensor | None) -> bool:
