@@ -69,6 +69,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: as stored)")
 
+    command.add_argument(
+        "--spill", action="store_true",
+        help="keep activations on the disk, and those of one batch in memory: slower",
+    )  # fmt: skip
+    command.add_argument(
+        "--restart", action="store_true", help="begin anew where an earlier run was interrupted"
+    )
+
     onnx = command.add_argument_group("ONNX files")
     onnx.add_argument(
         "--activations", choices=("uint8", "int8"), help="quantize them too (default: floats)"
@@ -130,6 +138,8 @@ def _quantize_folder(arguments: argparse.Namespace) -> None:
         output_layer=arguments.output_layer,
         device=arguments.device,
         dtype=arguments.dtype,
+        spill=arguments.spill,
+        restart=arguments.restart,
     )
     print(report)
     sizes = [

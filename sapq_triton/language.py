@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,6 @@ COMPANIONS = (
     "spiece", "tokenizer", "vocab", "LICENSE", "NOTICE",
 )  # fmt: skip
 
-Where = Literal["memory", "disk"]
-
 
 def quantize_folder(
     source: str | Path,
@@ -49,7 +47,7 @@ def quantize_folder(
     output_layer: bool = False,
     device: str = "cpu",
     dtype: str = "auto",
-    activations: Where = "memory",
+    spill: bool = False,
     restart: bool = False,
 ) -> Report:
     """Load, calibrate on a text, quantize, and save beside the tokenizer's files.
@@ -65,9 +63,9 @@ def quantize_folder(
     One block of the model after the other is copied to the device, quantized, and written; all else
     stays in the files until it is needed. A model that is no chain of blocks (`stream.find_chain`)
     is one part; its report says so.
-    activations: "memory" holds those that go into a block in memory, and of all batches those
-        inside of it on the device. "disk" holds those of one batch, and runs each batch anew for
-        every layer of the block.
+    spill: keep what goes into a block on the disk, and of what is inside of it that of one batch,
+        which runs anew for every layer. Else the former is in memory, and the latter, of all
+        batches, on the device.
     restart: begin anew. Else a job that was interrupted, however, goes on after its last finished
         block, which `.TARGET.job` beside the target keeps, and comes to the same bytes.
 
@@ -78,8 +76,6 @@ def quantize_folder(
     spec = QuantSpec(bits, group_size, symmetric, scale_dtype="float16")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
-    if activations not in ("memory", "disk"):
-        raise ValueError(f"activations must be 'memory' or 'disk', got {activations!r}")
     if not (source / CONFIG).is_file():
         raise ValueError(f"{source} is not a model folder: it has no {CONFIG}")
     if "quantization_config" in read_json(source / CONFIG):
@@ -113,7 +109,7 @@ def quantize_folder(
         "options": dict(
             bits=bits, group_size=group_size, symmetric=symmetric, format=format, preset=preset,
             order=order, samples=samples, sequence_length=sequence_length, seed=seed, skip=skip,
-            output_layer=output_layer, dtype=dtype, activations=activations,
+            output_layer=output_layer, dtype=dtype, spill=spill,
         ),
         "inputs": {path.name: sha256(path) for path in sorted(source.iterdir()) if path.is_file()},
         "calibration": sha256(Path(calibration)),
@@ -132,8 +128,8 @@ def quantize_folder(
         content = config(chosen, model, outlines)
         reports = Blockwise(
             model, chain, batches, forward, spec, format,
-            options=dict(skip=patterns, preset=preset, order=order, replay=activations == "disk"),
-            device=torch.device(device), dtype=own, in_memory=activations == "memory",
+            options=dict(skip=patterns, preset=preset, order=order, replay=spill),
+            device=torch.device(device), dtype=own, in_memory=not spill,
             behind=bool(behind), job=job,
         ).run()  # fmt: skip
         companions = [path for path in sorted(source.iterdir()) if path.name.startswith(COMPANIONS)]

@@ -102,7 +102,7 @@ def test_scores_do_not_know_how_layers_were_solved() -> None:
 def test_curves_do_not_know_budgets() -> None:
     """But for the form of what they return."""
     ours, others = imports(ROOT / "sapq_triton" / "curves.py")
-    rooms = {"hessian", "layers", "quantize", "result", "scores", "solver", "spec", "targets"}
+    rooms = {"forward", "hessian", "layers", "result", "scores", "solver", "spec", "targets"}
     assert ours <= rooms | {"allocate"}
     assert packages(others) <= {"torch"}
 
@@ -123,7 +123,9 @@ def test_dropins_know_one_layer(path: Path) -> None:
 
 
 FILES = ROOT / "sapq_triton" / "formats"
-LANGUAGE_FILES = ("folder", "layer", "gptq", "compressed_tensors", "sapq", "reader", "writer")
+LANGUAGE_FILES = (
+    "folder", "layer", "gptq", "compressed_tensors", "sapq", "reader", "writer", "job"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LANGUAGE_FILES)
@@ -154,12 +156,18 @@ def test_onnx_graphs_do_not_know_the_method(name: str) -> None:
     assert packages(others) <= extra | free
 
 
+def test_blocks_of_a_model_know_modules_alone() -> None:
+    for name, rooms in (("forward", set()), ("stream", {"forward"})):
+        ours, others = imports(ROOT / "sapq_triton" / f"{name}.py")
+        assert ours <= rooms and packages(others) <= {"torch", "numpy"}
+
+
 def test_the_command_line_is_outermost() -> None:
-    rooms = {"formats", "layers", "preset", "quantize", "report", "spec", "targets"}
+    rooms = {"blockwise", "formats", "layers", "preset", "report", "spec", "stream", "targets"}
     ours, others = imports(ROOT / "sapq_triton" / "language.py")
     assert ours <= rooms and packages(others) <= {"torch"}
     for path in ROOT.glob("sapq_triton/**/*.py"):
-        if path.stem not in ("cli", "__main__"):
+        if path.stem not in ("cli", "__main__", "__init__"):
             assert not imports(path)[0] & {"cli", "language"}, path
 
 

@@ -91,10 +91,10 @@ def test_blocks_come_to_what_the_whole_model_does(
     make(tmp_path / "model")
     expected = whole(tmp_path / "model", preset=preset)
     assert expected
-    for activations in ("memory", "disk"):
-        out = tmp_path / activations
+    for spill in (False, True):
+        out = tmp_path / str(spill)
         report = quantize_folder(
-            tmp_path / "model", out, text, format="sapq", preset=preset, activations=activations,
+            tmp_path / "model", out, text, format="sapq", preset=preset, spill=spill,
             **SMALL,
         )  # fmt: skip
         found = packed_tensors(load(out))
@@ -110,13 +110,13 @@ def report_blocks(out: Path) -> int:
     return int(config.get("num_hidden_layers") or config["n_layer"])
 
 
-@pytest.mark.parametrize("activations", ["memory", "disk"])
-def test_the_output_layer_comes_last(tmp_path: Path, text: Path, activations: Any) -> None:
+@pytest.mark.parametrize("spill", [False, True])
+def test_the_output_layer_comes_last(tmp_path: Path, text: Path, spill: bool) -> None:
     save_llama(tmp_path / "model", dtype=torch.float32)
     expected = whole(tmp_path / "model", output_layer=True)
     report = quantize_folder(
         tmp_path / "model", tmp_path / "out", text, format="sapq", output_layer=True,
-        activations=activations, **SMALL,
+        spill=spill, **SMALL,
     )  # fmt: skip
     assert report.layers[-1].name == "lm_head" and report.layers[-1].rows > 0
     found = packed_tensors(load(tmp_path / "out"))

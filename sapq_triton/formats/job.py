@@ -1,7 +1,7 @@
 """A long job on the disk: its finished parts, what goes into the next one, and what it is about.
 
 Beside the folder FOLDER to be written lies `.FOLDER.job`:
-    job.json              what the job is about; its finished parts, with checksums
+    job.json              what the job is about; its finished parts; checksums of all, and of itself
     part-00003/           a finished part, a folder as `save_part` writes it
     activations-00004/    of each batch, what goes into the part that is worked on
 A part counts from the moment at which job.json names it: whenever the process is killed, all before
@@ -9,6 +9,7 @@ that stays, and what is not named is removed by the next one.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -20,7 +21,18 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .folder import MANIFEST, optional, program, read_json, refuse_foreign, sha256, sync, write_json
+from .folder import (
+    MANIFEST,
+    Tensors,
+    optional,
+    program,
+    read_json,
+    read_manifest,
+    refuse_foreign,
+    sha256,
+    sync,
+    write_json,
+)
 
 JOB = "job.json"
 VERSION = 1
@@ -115,7 +127,7 @@ class Job:
 
     def _write(self) -> None:
         partial = self.folder / f"{JOB}.partial"
-        write_json(partial, self._content)
+        write_json(partial, {**self._content, "sha256": _digest(self._content)})
         sync(partial)
         os.replace(partial, self.folder / JOB)
         sync(self.folder)
@@ -128,6 +140,8 @@ class Job:
             raise ValueError(
                 f"{path} has version {stored.get('version')!r}; this program reads {VERSION}"
             )
+        if stored.pop("sha256", None) != _digest(stored):
+            raise ValueError(f"{path} has changed since it was written: begin anew")
         about, own = stored.get("about"), json.loads(json.dumps(self._content["about"]))
         if changes := list(_changes(about, own)):
             raise ValueError(
@@ -139,6 +153,7 @@ class Job:
             manifest = self.part(number) / MANIFEST
             if not manifest.is_file() or sha256(manifest) != part["manifest"]:
                 raise ValueError(f"{manifest} has changed since it was written: begin anew")
+            Tensors.of(self.part(number)).check(read_manifest(self.part(number)))
         folder = self.activations(len(self.parts), False).folder
         for name, digest in stored["activations"].items():
             if not (folder / name).is_file() or sha256(folder / name) != digest:
@@ -154,6 +169,10 @@ class Job:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _changes(stored: Any, own: Any, where: str = "") -> Iterator[str]:
     """Each leaf that is not the same, in words."""
     if isinstance(stored, dict) and isinstance(own, dict):
@@ -161,9 +180,7 @@ def _changes(stored: Any, own: Any, where: str = "") -> Iterator[str]:
             if stored.get(key) != own.get(key):
                 yield from _changes(stored.get(key), own.get(key), f"{where}{key} ".lstrip())
     elif stored != own:
-        short = lambda value: (
-            f"{value[:12]}…" if isinstance(value, str) and len(value) > 40 else value
-        )
+        short = lambda value: value if len(str(value)) <= 40 else f"{str(value)[:12]}…"
         yield f"{where}was {short(stored)}, is {short(own)}"
 
 
