@@ -56,7 +56,9 @@ def by_layer(places: Sequence[Place], what: str) -> str:
     bottom = top + 250
     step = (right - left) / max(1, len(places))
     names = [_shortened(place.name) for place in places] if named else []
-    below = 22 + round(5.0 * max(map(len, names), default=0)) if named else 44
+    longest = 6.2 * max(map(len, names), default=0)  # in units of the drawing
+    level = longest < step  # the names of few layers fit side by side
+    below = 44 if not named else 28 if level else 22 + round(0.8 * longest)
 
     def y(value: float) -> float:
         if value <= 0:
@@ -89,10 +91,10 @@ def by_layer(places: Sequence[Place], what: str) -> str:
     parts.append(f'<path class="axis" d="M{left} {floor}H{right}"/>')
     for number, name in enumerate(names):
         x, at = left + (number + 0.5) * step, floor + 12
-        parts.append(
-            f'<text class="tick end" transform="translate({x + 3:.1f} {at}) rotate(-60)">'
-            f"{shown(name)}</text>"
-        )
+        where = f'mid" transform="translate({x:.1f} {at + 6})"'
+        if not level:
+            where = f'end" transform="translate({x + 3:.1f} {at}) rotate(-60)"'
+        parts.append(f'<text class="tick {where}>{shown(name)}</text>')
     if not named:
         every = _round_step(len(places) / 12)
         for number in (0, *range(every - 1, len(places), every)):

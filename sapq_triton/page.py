@@ -156,11 +156,12 @@ def legend(a: str, b: str) -> str:
 
 class Cell(NamedTuple):
     """text: what is shown. number: what it is sorted by, and that it is set as a number; NaN sorts
-    last. link: the fragment that it leads to."""
+    last. link: the fragment that it leads to. anchor: the one that it is."""
 
     text: str
     number: float | None = None
     link: str = ""
+    anchor: str = ""
 
     def html(self, name: bool) -> str:
         text = shown(self.text)
@@ -170,8 +171,9 @@ class Cell(NamedTuple):
             text = f'<a href="#{escape(self.link)}">{text}</a>'
         if self.number is None:
             return f'<td class="{"name" if name else "s"}">{text}</td>'
-        last = math.isnan(self.number)
-        return f'<td class="n" data-v="{"Infinity" if last else repr(self.number)}">{text}</td>'
+        value = "Infinity" if math.isnan(self.number) else repr(self.number)
+        anchor = f' id="{escape(self.anchor)}"' if self.anchor else ""
+        return f'<td class="n"{anchor} data-v="{value}">{text}</td>'
 
 
 def table(

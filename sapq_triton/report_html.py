@@ -97,7 +97,7 @@ def _headline(report: Report) -> Iterator[tuple[str, str, str]]:
         yield "relative error", page.quantity(report.relative_error), told
         less = sum(x.error < x.nearest_error for x in layers)
         told = f"geometric mean; {less} of {len(layers)} layers below 1"
-        yield "error against nearest", f"× {page.ratio(report.nearest_ratio)}", told
+        yield "error vs. nearest", f"× {page.ratio(report.nearest_ratio)}", told
         yield (
             "bits of a weight", f"{report.mean_bits:.3g}",
             f"{8 * report.bytes / weights:.3g} with scales and zero points",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..packed import BUFFERS, PackedWeight
 from ..report import Report
+from ..report_files import report_files
 from .folder import (
     CONFIG,
     MANIFEST,
@@ -44,7 +45,8 @@ def save(
         transformers), "gptq_v2" (GPTQModel) and "compressed-tensors" (pack-quantized: vLLM,
         transformers) hold linear layers. For the first two quantize with scale_dtype="float16", or
         "bfloat16" if the model is to run in that; for the last with the dtype of the model.
-    report: of `quantize`; the manifest then keeps the error of each layer.
+    report: of `quantize`; report.json and report.html then lie beside the model, and the manifest
+        keeps the error of each layer.
     files: further ones to copy into the folder: tokenizer, generation_config.json.
     max_shard_size: in bytes or as "5GB", of one safetensors file.
 
@@ -70,6 +72,8 @@ def save(
         write_json(partial / CONFIG, content)
         if isinstance(chosen, GPTQ):  # where older programs look
             write_json(partial / "quantize_config.json", content["quantization_config"])
+        for name, text in (report_files(report) if report else {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
         for file in map(Path, files):
             if (partial / file.name).exists() or file.name == MANIFEST:
                 raise ValueError(f"{file} would take the place of a file of the model")
