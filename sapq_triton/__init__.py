@@ -10,6 +10,7 @@ if not _os.path.isdir(_os.path.join(_here, "kernels")) and _os.path.isfile(
     __path__.append(_os.path.dirname(_here))
 
 from .allocate import Allocation, ErrorCurves, LayerCurve, allocate
+from .compare import compare
 from .curves import error_curves
 from .formats import load, save
 from .integrations import patch, unpatch
@@ -17,6 +18,7 @@ from .language import quantize_folder
 from .mixed import FloatColumnsResult, RowBitsResult, solve_float_columns, solve_row_bits
 from .quantize import quantize
 from .report import LayerReport, Report
+from .report_files import read_report, save_report
 from .result import SolveReport, SolveResult, dequantize, layer_error
 from .solver import solve
 from .spec import QuantSpec
@@ -33,6 +35,7 @@ __all__ = [
     "SolveReport",
     "SolveResult",
     "allocate",
+    "compare",
     "dequantize",
     "error_curves",
     "layer_error",
@@ -40,7 +43,9 @@ __all__ = [
     "patch",
     "quantize",
     "quantize_folder",
+    "read_report",
     "save",
+    "save_report",
     "solve",
     "solve_float_columns",
     "solve_row_bits",

@@ -12,6 +12,7 @@ from .formats import save_part
 from .formats.job import Activations, Job, Role
 from .forward import Forward
 from .layers import find_layers
+from .progress import Advance
 from .quantize import quantize
 from .report import Report
 from .spec import QuantSpec
@@ -40,6 +41,7 @@ class Blockwise:
     in_memory: bool
     behind: bool
     job: Job
+    advance: Advance
 
     @property
     def names(self) -> list[str]:
@@ -49,6 +51,8 @@ class Blockwise:
     def run(self) -> list[Report]:
         """Of each part: what the job has finished already is not done again."""
         reports = [Report.from_json(part["report"]) for part in self.job.parts]
+        for layer in (layer for report in reports for layer in report.layers):
+            self.advance(layer.name)
         for number, name in enumerate(self.names[len(reports) :], len(reports)):
             here = self.job.activations(number, self.in_memory)
             there = self.job.activations(number + 1, self.in_memory)
@@ -117,5 +121,5 @@ class Blockwise:
             return Report((), dict.fromkeys(names, "as asked"), {}, 0.0)
         return quantize(
             part, range(len(self.batches)), self.spec, **{**self.options, "skip": skip},
-            forward=forward, pack=True, progress=False,
+            forward=forward, pack=True, progress=self.advance,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line: sapq-triton quantize MODEL, sapq-triton inspect MODEL."""
+"""The command line: sapq-triton quantize MODEL, inspect MODEL, report RUN."""
 
 import argparse
 import sys
@@ -8,10 +8,13 @@ from typing import get_args
 
 import torch
 
+from .compare import compare
 from .formats import FORMATS, Stored
 from .formats.folder import CONFIG, read_json
 from .language import DTYPES, quantize_folder
 from .preset import PresetName
+from .report_files import read_report
+from .report_html import report_page
 from .spec import Order, QuantSpec
 
 MEGABYTE = 10**6
@@ -88,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help="show what a quantized folder or ONNX file holds")
     command.set_defaults(run=_inspect)
     command.add_argument("folder", type=Path, metavar="MODEL")
+
+    command = commands.add_parser("report", help="show what a run did, or compare two runs")
+    command.set_defaults(run=_report)
+    command.add_argument(
+        "run_of", type=Path, metavar="RUN", help="folder that quantize wrote, or its report.json"
+    )
+    command.add_argument("--compare", type=Path, metavar="RUN", help="another one, beside it")
+    command.add_argument("--out", type=Path, metavar="HTML", help="also write a page")
     return parser
 
 
@@ -179,3 +190,18 @@ def _inspect(arguments: argparse.Namespace) -> None:
         f"{arguments.folder}: {stored.format.name}, {len(stored.layers)} layers, "
         f"{total / MEGABYTE:.1f} MB of {stored.tensors.bytes / MEGABYTE:.1f} MB"
     )
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    report = read_report(arguments.run_of)
+    if arguments.compare is None:
+        print(report)
+        html = report_page(report)
+    else:
+        names = str(arguments.run_of), str(arguments.compare)
+        both = compare(report, read_report(arguments.compare), names)
+        print(both)
+        html = both.page()
+    if arguments.out is not None:
+        arguments.out.write_text(html, encoding="utf-8")
+        print(f"{arguments.out} is the page")

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from . import layers
 from .blockwise import Blockwise
 from .formats import find_format
-from .formats.folder import CONFIG, optional, program, read_json, refuse_foreign, sha256
+from .formats.folder import CONFIG, optional, read_json, refuse_foreign, sha256
 from .formats.job import open_job
 from .formats.layer import Outline
 from .formats.writer import check, config, join
+from .machine import environment
 from .preset import PresetName
+from .progress import progress_bar, solve_cost
 from .report import Report
 from .spec import Order, QuantSpec
 from .stream import Chain, find_chain
@@ -49,6 +51,7 @@ def quantize_folder(
     dtype: str = "auto",
     spill: bool = False,
     restart: bool = False,
+    progress: bool = True,
 ) -> Report:
     """Load, calibrate on a text, quantize, and save beside the tokenizer's files.
 
@@ -68,6 +71,7 @@ def quantize_folder(
         batches, on the device.
     restart: begin anew. Else a job that was interrupted, however, goes on after its last finished
         block, which `.TARGET.job` beside the target keeps, and comes to the same bytes.
+    progress: a bar, or lines in a log.
 
     ValueError, before anything is solved, for what cannot be read, drawn, or saved, and where an
     unfinished job had other options, inputs, or versions of this program and of PyTorch.
@@ -105,7 +109,7 @@ def quantize_folder(
         for goal in goals.values()
     }
     check(chosen, model, outlines)
-    about = {
+    about: dict[str, Any] = {
         "options": dict(
             bits=bits, group_size=group_size, symmetric=symmetric, format=format, preset=preset,
             order=order, samples=samples, sequence_length=sequence_length, seed=seed, skip=skip,
@@ -113,7 +117,9 @@ def quantize_folder(
         ),
         "inputs": {path.name: sha256(path) for path in sorted(source.iterdir()) if path.is_file()},
         "calibration": sha256(Path(calibration)),
-        "environment": _environment(torch.device(device)),
+        "environment": {
+            **environment(torch.device(device)), "transformers": transformers.__version__
+        },
     }  # fmt: skip
 
     with open_job(target, about, restart) as job:
@@ -126,21 +132,22 @@ def quantize_folder(
         if isinstance(chain, str):
             model.to(own)
         content = config(chosen, model, outlines)
-        reports = Blockwise(
-            model, chain, batches, forward, spec, format,
-            options=dict(skip=patterns, preset=preset, order=order, replay=spill),
-            device=torch.device(device), dtype=own, in_memory=not spill,
-            behind=bool(behind), job=job,
-        ).run()  # fmt: skip
+        costs = {
+            name: solve_cost(*layers.matrix_shape(goal.module)) for name, goal in goals.items()
+        }
+        with progress_bar(costs, shown=progress) as advance:
+            reports = Blockwise(
+                model, chain, batches, forward, spec, format,
+                options=dict(skip=patterns, preset=preset, order=order, replay=spill),
+                device=torch.device(device), dtype=own, in_memory=not spill, behind=bool(behind),
+                job=job, advance=advance,
+            ).run()  # fmt: skip
+        told = about["options"] | {"one part, because": chain if isinstance(chain, str) else None}
+        report = Report.of_parts(reports, skipped, told)
         companions = [path for path in sorted(source.iterdir()) if path.name.startswith(COMPANIONS)]
         parts = [job.part(number) for number in range(len(reports))]
-        join(parts, target, format, content, companions)
-    return Report(
-        tuple(layer for report in reports for layer in report.layers),
-        skipped | {name: why for report in reports for name, why in report.skipped.items()},
-        {name: shift for report in reports for name, shift in report.corrected.items()},
-        sum(report.seconds for report in reports),
-    )
+        join(parts, target, format, content, companions, report)
+    return report
 
 
 def _whole(model: nn.Module, batch: Tensor) -> object:
@@ -151,17 +158,6 @@ def _body(model: nn.Module, batch: Tensor) -> object:
     """Without logits: those of all tokens would be the largest tensor of all."""
     body: Any = model.base_model
     return body(input_ids=batch, use_cache=False)
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    """What the bits of a result may depend on."""
-    transformers = optional("transformers")
-    found: dict[str, Any] = {
-        "program": program(), "torch": torch.__version__, "transformers": transformers.__version__,
-    }  # fmt: skip
-    if device.type == "cpu":
-        return found | {"device": "cpu", "threads": torch.get_num_threads()}
-    return found | {"device": torch.cuda.get_device_name(device)}
 
 
 def read_text(path: Path) -> str:

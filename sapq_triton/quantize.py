@@ -9,8 +9,9 @@ BatchNorm and bias is corrected on the way.
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -20,15 +21,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from . import layers, packed
+from .baseline import against_nearest
 from .calibrate import Action, ChannelMoments, Lockstep, Replay
 from .forward import Forward, feed, to_device, undisturbed
 from .hessian import HessianSum, drifted
 from .layers import Layer
+from .machine import Stopwatch, environment, peak_memory
 from .ops import Backend, Precision, uses_triton
 from .preset import PresetName, choose
+from .progress import Advance, progress_bar, solve_cost
 from .regularize import Moments, Trust
 from .regularize import choose as choose_trust
-from .report import LayerReport, Report
+from .report import LayerReport, Quantized, Report
 from .solver import solve
 from .spec import Order, QuantSpec
 from .targets import (
@@ -76,7 +80,7 @@ def quantize(
     forward: Forward | None = None,
     pack: bool = False,
     replay: bool = False,
-    progress: bool = True,
+    progress: bool | Advance = True,
 ) -> Report:
     """Quantize the weights of a model in place; codes and grids are in the report.
 
@@ -117,7 +121,8 @@ def quantize(
         class is not PyTorch's own keeps its dequantized weight, with a note in its report.
     replay: run each batch anew for every layer, instead of once with the live activations of all
         batches in memory. The results are the same; as many forward passes as layers.
-    progress: a bar, where tqdm is installed.
+    progress: a bar of tqdm on stderr; some lines where tqdm is not installed, or nobody watches. Or
+        a function to call with the name of each layer that is done.
 
     Layers that get the same tensor (query, key and value; gate and up) and have the same spec share
     one Hessian and one order of columns: they are solved as one matrix with the rows of all, but
@@ -145,10 +150,10 @@ def quantize(
     _check(model, batches, spec, skip, overrides, batchnorm, drift, hessian_dtype, options)
     if options["order"] == "nearest":
         options["damp"], drift = DAMP, 0.0
-    batches = list(batches)
+    batches, skip = list(batches), list(skip)
     if not batches:
         raise ValueError("batches is empty: calibration needs at least one batch")
-    targets, skipped = find_targets(model, spec, list(skip), overrides)
+    targets, skipped = find_targets(model, spec, skip, overrides)
     if not targets:
         raise ValueError(f"no layer to quantize; left out: {skipped or 'none found'}")
     if pack:
@@ -160,15 +165,39 @@ def quantize(
         model, batches, targets, batchnorm, bias_correction, drift, hessian_dtype,
         attention_mask, forward or feed, replay, options,
     )  # fmt: skip
-    with undisturbed(model), _restored_on_error(model), _bar(len(targets), progress) as advance:
-        run.observe()
-        run.solve_all(advance)
+    costs = {
+        name: solve_cost(*layers.matrix_shape(target.module)) for name, target in targets.items()
+    }
+    stage = run.stopwatch.stage
+    with undisturbed(model), _restored_on_error(model), progress_bar(costs, progress) as advance:
+        with stage("first forward pass"):
+            run.observe()
+        with stage("second forward pass"):
+            run.solve_all(advance)
         if batchnorm == "reestimate":
-            run.reestimate()
+            with stage("BatchNorm statistics"):
+                run.reestimate()
         if pack:
-            run.pack()
+            with stage("packing"):
+                run.pack()
     skipped |= run.kept
-    return Report(tuple(run.layers_done), skipped, run.corrected, time.perf_counter() - started)
+    told = dict(
+        model=type(model).__name__, preset=preset, spec=asdict(spec), skip=skip,
+        overrides={name: asdict(other) for name, other in overrides.items()},
+        **options, drift_correction=drift, batchnorm=batchnorm, bias_correction=bias_correction,
+        hessian_dtype=str(hessian_dtype).removeprefix("torch."), attention_mask=attention_mask,
+        pack=pack, replay=replay, batches=len(batches),
+    )  # fmt: skip
+    return Report(
+        layers=tuple(run.layers_done),
+        skipped=skipped,
+        corrected=run.corrected,
+        seconds=time.perf_counter() - started,
+        stages=run.stopwatch.seconds,
+        memory=peak_memory(run.device),
+        environment=environment(run.device),
+        options=told,
+    )
 
 
 def _check(
@@ -250,6 +279,7 @@ class _Run:
             for name, module in self.modules.items()
             if isinstance(module, _BatchNorm) and module.running_mean is not None
         }
+        self.stopwatch = Stopwatch()
         self.layers_done: list[LayerReport] = []
         self.corrected: dict[str, float] = {}
         self.kept: dict[str, str] = {}  # BatchNorms that could not be corrected, and why
@@ -347,7 +377,7 @@ class _Run:
                 for batch in self.batches:
                     self._run_batch(batch)
 
-    def solve_all(self, advance: Callable[[], None]) -> None:
+    def solve_all(self, advance: Advance) -> None:
         """Second pass, in lockstep: solve a layer, correct what follows, go on."""
         original = _copied(self.model) if self._drifts else None
         passes = []
@@ -459,7 +489,12 @@ class _Run:
         self._add_rows(target, self._call(name, args, kwargs))
 
     def _add_rows(self, target: Target, call: Call) -> None:
-        started = time.perf_counter()
+        with self.stopwatch.stage("Hessians"):
+            started = time.perf_counter()
+            self._sum_rows(target, call)
+            target.seconds_hessian += time.perf_counter() - started
+
+    def _sum_rows(self, target: Target, call: Call) -> None:
         rows, window = layers.input_rows(target.module, call.inputs.detach(), call.mask)
         if not rows.isfinite().all():  # of the rows that count: padding tokens may hold anything
             raise ValueError(f"the input of {target.name!r} holds NaN or Inf during calibration")
@@ -471,12 +506,15 @@ class _Run:
                 total.add_drift(rows, before, window)
             elif OTHER_WAYS not in target.notes:
                 target.notes.append(OTHER_WAYS)
-        target.seconds_hessian += time.perf_counter() - started
 
-    def _solve(self, target: Target, advance: Callable[[], None]) -> None:
+    def _solve(self, target: Target, advance: Advance) -> None:
         """Solve a layer, unless its leader has brought the solution, and put that into effect."""
-        if target.solved:  # by a twin that other batches reached first
-            return
+        if not target.solved:  # by a twin that other batches reached first
+            with self.stopwatch.stage("solves"):
+                self._finish(target)
+            advance(target.name)
+
+    def _finish(self, target: Target) -> None:
         if target.solution is None:
             self._solve_together(
                 [target, *(other for other in self.targets.values() if other.leader is target)]
@@ -495,30 +533,33 @@ class _Run:
             apart = f"shares the Hessian of {names}, solved by itself"
             together = f"solved together with {names}: one Hessian"
             target.notes.append(apart if target.spec.share else together)
+        B, R, C = result.codes.shape
+        grids = result.scale.cpu(), result.zero_point.cpu()
         self.layers_done.append(
             LayerReport(
                 name=target.name,
                 kind=target.kind,
                 shape=tuple(target.module.weight.shape),
+                matrix=(B, R, C),
                 spec=target.spec,
                 order=report.order,
-                codes=result.codes.cpu(),
-                scale=result.scale.cpu(),
-                zero_point=result.zero_point.cpu(),
+                quantized=Quantized(result.codes.cpu(), *grids),
                 error=float(report.error.sum()),
                 energy=float(report.energy.sum()),
+                nearest_error=solution.baseline.error,
                 rows=solution.rows,
                 damp=float(report.damp.max()),
                 drift_correction=solution.drift_correction,
                 dead_columns=int(report.dead_columns.sum()),
                 fallbacks=int(report.fallback.sum()),
+                sparsity=float(result.sparsity.mean()),
                 seconds_hessian=target.seconds_hessian,
                 seconds_solve=solution.seconds + time.perf_counter() - started,
+                columns=solution.baseline.columns,
                 notes=tuple(target.notes),
             )
         )
         target.solved, target.calls = True, []
-        advance()
 
     def _solve_together(self, targets: list[Target]) -> None:
         """One solve on the Hessian of the first layer; each one finds its part in `solution`."""
@@ -542,10 +583,14 @@ class _Run:
             parts = split_rows(solve(torch.cat(weights, 1), hessian, spec, **options), rows)
         seconds = (time.perf_counter() - started) / sum(rows)
         fraction = trust.fraction if drift is not None else 0.0
-        for target, part, aim in zip(targets, parts, weights, strict=True):
+        with self.stopwatch.stage("rounding to nearest, to compare"):
+            baselines = against_nearest(parts, weights, hessian, options)
+        for target, part, aim, baseline in zip(targets, parts, weights, baselines, strict=True):
             others = tuple(names[1:] if target is leader else names[:1])
             each = seconds * part.codes.shape[1]
-            target.solution = Solution(part, aim, total.mean(), total.rows, fraction, each, others)
+            target.solution = Solution(
+                part, aim, total.mean(), total.rows, fraction, each, baseline, others
+            )
         leader.total = leader.held_out = None
 
     def _trust(self, leader: Target, weight: Tensor) -> Trust:
@@ -682,16 +727,3 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
             for tensor, value in zip(tensors, saved, strict=True):
                 tensor.copy_(value)
         raise
-
-
-@contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Callable[[], None]]:
-    try:
-        from tqdm.auto import tqdm
-    except ModuleNotFoundError:
-        progress = False
-    if not progress:
-        yield lambda: None
-        return
-    with tqdm(total=total, desc="quantize", unit="layer") as bar:
-        yield lambda: bar.update() and None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layers
+from .baseline import Baseline
 from .hessian import HessianSum
 from .layers import Layer
 from .result import SolveResult
@@ -24,6 +25,7 @@ class Solution:
     others: names of a leader's companions, or of a companion's leader alone: many may share one.
     weight: what was quantized, [B, R, C]. mean: the mean input row, [B, C]. rows: calibration rows.
     drift_correction: the fraction that was taken. seconds: its part of the solve.
+    baseline: what rounding `weight` to nearest would have lost.
     """
 
     result: SolveResult
@@ -32,6 +34,7 @@ class Solution:
     rows: int
     drift_correction: float
     seconds: float
+    baseline: Baseline
     others: tuple[str, ...]
 
 

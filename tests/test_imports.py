@@ -45,6 +45,17 @@ MAY_IMPORT = {
     "knapsack": set(),
     "mixed": {"spec", "result", "ops", "hessian", "knapsack", "solver"},
     "allocate": {"spec", "report", "knapsack"},
+    "columns": {"hessian", "spec"},
+    "baseline": {"columns", "result", "solver"},
+    "plain": set(),
+    "machine": set(),
+    "progress": set(),
+    "report": {"columns", "plain", "result", "spec"},
+    "charts": set(),
+    "page": {"charts"},
+    "report_html": {"charts", "page", "report"},
+    "report_files": {"report", "report_html"},
+    "compare": {"charts", "page", "report", "report_html"},
 }  # fmt: skip
 NUMPY = {"reference", "knapsack", "mixed", "allocate"}
 
@@ -83,13 +94,14 @@ def test_kernels_know_tensors_and_triton(path: Path) -> None:
 def test_imports_point_inward(name: str) -> None:
     ours, others = imports(ROOT / "sapq_triton" / f"{name}.py")
     assert ours <= MAY_IMPORT[name]
-    assert packages(others) <= {"torch"} | ({"numpy"} if name in NUMPY else set())
+    allowed = {"numpy"} if name in NUMPY else {"tqdm"} if name == "progress" else set()
+    assert packages(others) <= {"torch"} | allowed
     assert not any(other.startswith("torch.nn") for other in others)
 
 
 def test_targets_do_not_know_the_run() -> None:
     ours, others = imports(ROOT / "sapq_triton" / "targets.py")
-    assert ours <= {"hessian", "layers", "result", "spec"}
+    assert ours <= {"baseline", "hessian", "layers", "result", "spec"}
     assert packages(others) <= {"torch"}
 
 
@@ -132,7 +144,9 @@ LANGUAGE_FILES = (
 def test_files_know_packed_layers_and_no_package_of_others(name: str) -> None:
     """Not who made the codes; the packages of the extra `hf` are imported when they are needed."""
     ours, others = imports(FILES / f"{name}.py")
-    rooms = {"layers", "packed", "packing", "spec"} | ({"report"} if name == "writer" else set())
+    rooms = {"layers", "packed", "packing", "spec"} | (
+        {"report", "report_files"} if name == "writer" else set()
+    )
     assert ours <= rooms | set(LANGUAGE_FILES)
     assert packages(others) <= {"torch"}
 
@@ -162,8 +176,18 @@ def test_blocks_of_a_model_know_modules_alone() -> None:
         assert ours <= rooms and packages(others) <= {"torch", "numpy"}
 
 
+@pytest.mark.parametrize("name", ["plain", "charts", "page", "report_html", "compare"])
+def test_pages_are_made_of_numbers(name: str) -> None:
+    """And of nothing that would have to be installed beside the files that hold them."""
+    _, others = imports(ROOT / "sapq_triton" / f"{name}.py")
+    assert not packages(others)
+
+
 def test_the_command_line_is_outermost() -> None:
-    rooms = {"blockwise", "formats", "layers", "preset", "report", "spec", "stream", "targets"}
+    rooms = {
+        "blockwise", "formats", "layers", "machine", "preset", "progress", "report", "spec",
+        "stream", "targets",
+    }  # fmt: skip
     ours, others = imports(ROOT / "sapq_triton" / "language.py")
     assert ours <= rooms and packages(others) <= {"torch"}
     for path in ROOT.glob("sapq_triton/**/*.py"):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..packed import BUFFERS, PackedWeight
 from ..report import Report
+from ..report_files import REPORT_FILES, report_files
 from .folder import (
     CONFIG,
     INDEX,
@@ -49,7 +50,8 @@ def save(
         transformers), "gptq_v2" (GPTQModel) and "compressed-tensors" (pack-quantized: vLLM,
         transformers) hold linear layers. For the first two quantize with scale_dtype="float16", or
         "bfloat16" if the model is to run in that; for the last with the dtype of the model.
-    report: of `quantize`; the manifest then keeps the error of each layer.
+    report: of `quantize`; report.json and report.html then lie beside the model, and the manifest
+        keeps the error of each layer.
     files: further ones to copy into the folder: tokenizer, generation_config.json.
     max_shard_size: in bytes or as "5GB", of one safetensors file.
 
@@ -72,9 +74,9 @@ def save(
     tensors, others = _encode(chosen, model, layers)
     with replaced(target) as partial:
         write_tensors(partial, tensors, max_shard_size)
-        _write_options(partial, chosen, content, files)
+        _write_options(partial, chosen, content, files, report)
         manifest = _manifest(chosen, layers, tensors, report)
-        manifest["files"] = {path.name: sha256(path) for path in sorted(partial.iterdir())}
+        manifest["files"] = {path.name: _digest(path) for path in sorted(partial.iterdir())}
         write_json(partial / MANIFEST, manifest)
         _read_back(partial, model, layers, others)
 
@@ -89,7 +91,7 @@ def save_part(model: nn.Module, folder: Path, format: str, report: Report | None
         if layers:
             _write_options(partial, chosen, config(chosen, model, layers))
         manifest = _manifest(chosen, layers, tensors, report)
-        manifest["files"] = {path.name: sha256(path) for path in sorted(partial.iterdir())}
+        manifest["files"] = {path.name: _digest(path) for path in sorted(partial.iterdir())}
         write_json(partial / MANIFEST, manifest)
         _read_back(partial, model, layers, others)
 
@@ -99,17 +101,18 @@ def join(
     folder: Path,
     format: str,
     content: Mapping[str, Any],
-    files: Iterable[str | Path] = (),
+    files: Iterable[str | Path],
+    report: Report,
 ) -> None:
     """One folder of the parts of a model, each of which becomes a file of weights.
 
-    content: of config.json, see `config`. files: as in `save`.
+    content: of config.json, see `config`. files, report: as in `save`.
     """
     chosen = find_format(format)
     manifest = _manifest(chosen, {}, {}, None)
     with replaced(folder) as partial:
         index: dict[str, Any] = {"metadata": {"total_size": 0}, "weight_map": {}}
-        hashes = {}
+        hashes: dict[str, str | None] = {}
         for number, part in enumerate(parts, 1):
             own, tensors = read_manifest(part), Tensors.of(part)
             name = f"model-{number:05}-of-{len(parts):05}.safetensors"
@@ -122,9 +125,9 @@ def join(
             manifest["tensors"] |= own["tensors"]
         if len(parts) > 1:
             write_json(partial / INDEX, index)
-        _write_options(partial, chosen, content, files)
+        _write_options(partial, chosen, content, files, report)
         written = {path.name for path in partial.iterdir()} - hashes.keys()
-        hashes |= {name: sha256(partial / name) for name in written}
+        hashes |= {name: _digest(partial / name) for name in written}
         manifest["files"] = dict(sorted(hashes.items()))
         write_json(partial / MANIFEST, manifest)
         stored = Stored.of(partial)
@@ -140,16 +143,27 @@ def _link(file: Path, target: Path) -> None:
 
 
 def _write_options(
-    folder: Path, chosen: Format, content: Mapping[str, Any], files: Iterable[str | Path] = ()
+    folder: Path,
+    chosen: Format,
+    content: Mapping[str, Any],
+    files: Iterable[str | Path] = (),
+    report: Report | None = None,
 ) -> None:
     """Everything but the weights and the manifest."""
     write_json(folder / CONFIG, content)
     if isinstance(chosen, GPTQ):  # where older programs look
         write_json(folder / "quantize_config.json", content["quantization_config"])
+    for name, text in (report_files(report) if report else {}).items():
+        (folder / name).write_text(text, encoding="utf-8")
     for file in map(Path, files):
         if (folder / file.name).exists() or file.name == MANIFEST:
             raise ValueError(f"{file} would take the place of a file of the model")
         shutil.copyfile(file, folder / file.name)
+
+
+def _digest(file: Path) -> str | None:
+    """For the manifest; of no report, which has the times of the run in it."""
+    return None if file.name in REPORT_FILES else sha256(file)
 
 
 def _packed(model: nn.Module) -> dict[str, PackedWeight]:
