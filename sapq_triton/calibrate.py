@@ -9,8 +9,8 @@ those of one batch, and runs each batch anew for every layer.
 
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from functools import partial
-from typing import Any
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ from . import layers
 from .hessian import HessianSum
 
 Action = Callable[[], None]
+# the earliest place among those where passes wait here, and whether something is to be done there
+Place = tuple[int, bool]
+# what passes of all processes come to; None: none waits any more
+Agree = Callable[[Place | None], Place | None]
 
 
 class _Abandoned(BaseException):
@@ -30,12 +34,19 @@ class Lockstep:
 
     One pass runs at a time, in the order of the batches, so that everything is deterministic.
     actions: of each station, in the order of execution: when all passes wait, what is to be done at
-    the earliest station is done, and those that wait there go on first.
+    the earliest station is done, and those that wait there go on first. agree: where other
+    processes have passes of their own: of the places in that order where each of them waits, the
+    first one.
     """
 
-    def __init__(self, passes: Sequence[Action], actions: Mapping[Hashable, Action]) -> None:
+    def __init__(
+        self,
+        passes: Sequence[Action],
+        actions: Mapping[Hashable, Action],
+        agree: Agree = lambda place: place,
+    ) -> None:
         self._workers = [_Worker(run) for run in passes]
-        self._actions = actions
+        self._actions, self._stations, self._agree = actions, [*actions], agree
         self._due: set[Hashable] = set()
         self._rank = {station: rank for rank, station in enumerate(actions)}
 
@@ -57,17 +68,22 @@ class Lockstep:
         try:
             for worker in self._workers:
                 worker.resume()
-            while waiting := [worker for worker in self._workers if worker.station is not None]:
-                station = min((worker.station for worker in waiting), key=self._rank.__getitem__)
-                if station in self._due:
-                    self._due.remove(station)
+            while place := self._agree(self._earliest()):
+                number, due = place
+                station = self._stations[number]
+                if due:
+                    self._due.discard(station)
                     self._actions[station]()
-                for worker in waiting:
+                for worker in self._workers:
                     if worker.station == station:
                         worker.resume()
         finally:
             for worker in self._workers:
                 worker.abandon()
+
+    def _earliest(self) -> Place | None:
+        waiting = [self._rank[w.station] for w in self._workers if w.station is not None]
+        return (min(waiting), self._stations[min(waiting)] in self._due) if waiting else None
 
 
 class Replay:
@@ -77,8 +93,14 @@ class Replay:
     beginning when it is: as many passes as stations, up to each of them.
     """
 
-    def __init__(self, passes: Sequence[Action], actions: Mapping[Hashable, Action]) -> None:
+    def __init__(
+        self,
+        passes: Sequence[Action],
+        actions: Mapping[Hashable, Action],
+        agree: Agree = lambda place: place,
+    ) -> None:
         self._passes, self._actions = passes, actions
+        self._stations, self._agree = [*actions], agree
         self._rank = {station: rank for rank, station in enumerate(actions)}
         self._done: set[Hashable] = set()
         self._visits: set[tuple[int, Hashable]] = set()
@@ -108,7 +130,7 @@ class Replay:
     def run(self) -> None:
         """Until all passes have come to their end."""
         while True:
-            reached: set[Hashable] = set()
+            reached: set[int] = set()
             self._visits = {visit for visit in self._visits if visit[1] != self._forgotten}
             self._due, self._forgotten = set(), None
             for number, run in enumerate(self._passes):
@@ -116,13 +138,17 @@ class Replay:
                 try:
                     run()
                 except _Abandoned:
-                    reached.add(self._reached)
-            if not reached:
+                    reached.add(self._rank[self._reached])
+            first = min(reached, default=None)
+            own = None if first is None else (first, self._stations[first] in self._due)
+            place = self._agree(own)
+            if place is None:
                 return
-            station = min(reached, key=self._rank.__getitem__)
+            number, due = place
+            station = self._stations[number]
             if station == self._forgotten:
                 continue
-            if station in self._due:
+            if due:
                 self._actions[station]()
             self._done.add(station)
 
@@ -184,36 +210,58 @@ class _Worker:
             self._thread.join()
 
 
-class ChannelMoments:
-    """Mean and variance per channel over many tensors, in float64."""
+class BatchMoments(NamedTuple):
+    """Of a number of values per channel: mean, and sum of the squared distances from it.
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: Tensor | None = None
-        self._squares: Tensor | None = None  # sum of squared distances from the mean
+    float64, on the CPU.
+    """
 
-    def add(self, values: Tensor) -> None:
-        """values: [N, channels, *space]"""
-        count = values.numel() // values.shape[1]
-        if count == 0:
-            return
-        rest = [0, *range(2, values.ndim)]
-        var, mean = torch.var_mean(values.float(), rest, correction=0)
-        mean, squares = mean.double(), var.double() * count
-        if self.mean is None or self._squares is None:
-            self.count, self.mean, self._squares = count, mean, squares
-            return
-        total = self.count + count
-        delta = mean - self.mean
-        self.mean = self.mean + delta * (count / total)
-        self._squares = self._squares + squares + delta.square() * (self.count * count / total)
-        self.count = total
+    number: int
+    mean: Tensor
+    squares: Tensor
 
     @property
     def variance(self) -> Tensor:
-        if self._squares is None:
-            raise ValueError("no values were added")
-        return self._squares / self.count
+        return self.squares / self.number
+
+    @classmethod
+    def of(cls, values: Tensor) -> "BatchMoments":
+        """values: [N, channels, *space], none empty"""
+        count = values.numel() // values.shape[1]
+        rest = [0, *range(2, values.ndim)]
+        var, mean = torch.var_mean(values.float(), rest, correction=0)
+        return cls(count, mean.double().cpu(), var.double().cpu() * count)
+
+    def with_others(self, other: "BatchMoments") -> "BatchMoments":
+        total = self.number + other.number
+        delta = other.mean - self.mean
+        return BatchMoments(
+            total,
+            self.mean + delta * (other.number / total),
+            self.squares + other.squares + delta.square() * (self.number * other.number / total),
+        )
+
+
+class ChannelMoments:
+    """Mean and variance per channel over many tensors, in float64.
+
+    They are put together in the order of their batches, whenever, and in whatever process, each of
+    them was added.
+    """
+
+    def __init__(self) -> None:
+        self.parts: dict[int, list[BatchMoments]] = {}  # by batch
+
+    def add(self, values: Tensor, batch: int = 0) -> None:
+        """values: [N, channels, *space]"""
+        if values.numel() > 0:
+            self.parts.setdefault(batch, []).append(BatchMoments.of(values))
+
+    @property
+    def total(self) -> BatchMoments | None:
+        """None where no values were added."""
+        parts = [part for batch in sorted(self.parts) for part in self.parts[batch]]
+        return reduce(BatchMoments.with_others, parts) if parts else None
 
 
 @torch.no_grad()

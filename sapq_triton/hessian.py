@@ -59,6 +59,12 @@ class HessianSum:
             change = window.patches((y - x).to(self.total))
             self.drifts.baddbmm_(window.patches(x.to(self.total)), change.mT)
 
+    def like(self) -> "HessianSum":
+        """An empty one of the same kind."""
+        groups, columns = self.sums.shape
+        drift = self.drifts is not None
+        return HessianSum(groups, columns, self.total.device, self.total.dtype, drift)
+
     def merge(self, other: "HessianSum") -> None:
         """Add the sums of other rows, in place."""
         self.total += other.total

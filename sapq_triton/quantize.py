@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import layers, packed
 from .baseline import against_nearest
-from .calibrate import Action, ChannelMoments, Lockstep, Replay
+from .calibrate import Action, BatchMoments, ChannelMoments, Lockstep, Place, Replay
 from .forward import Forward, feed, to_device, undisturbed
 from .hessian import HessianSum, drifted
 from .layers import Layer
@@ -30,6 +30,7 @@ from .machine import Stopwatch, environment, peak_memory
 from .ops import Backend, Precision, uses_triton
 from .preset import PresetName, choose
 from .progress import Advance, progress_bar, solve_cost
+from .ranks import Ranks
 from .regularize import Moments, Trust
 from .regularize import choose as choose_trust
 from .report import LayerReport, Quantized, Report
@@ -38,7 +39,9 @@ from .spec import Order, QuantSpec
 from .targets import (
     Call,
     InputTracker,
+    Observed,
     Solution,
+    Station,
     Target,
     VersionedRef,
     find_leaders,
@@ -52,7 +55,6 @@ OTHER_WAYS = "once quantized, not called as in full precision: drift of some inp
 DAMP, DRIFT_CORRECTION = 0.01, 0.5
 
 BatchNormRule = Literal["paired", "reestimate", "keep"]
-Station = tuple[Literal["solve", "norm"], str]
 Meeting = Lockstep | Replay
 
 
@@ -80,6 +82,8 @@ def quantize(
     forward: Forward | None = None,
     pack: bool = False,
     replay: bool = False,
+    distributed: bool = False,
+    deterministic: bool = False,
     progress: bool | Advance = True,
 ) -> Report:
     """Quantize the weights of a model in place; codes and grids are in the report.
@@ -121,6 +125,12 @@ def quantize(
         class is not PyTorch's own keeps its dequantized weight, with a note in its report.
     replay: run each batch anew for every layer, instead of once with the live activations of all
         batches in memory. The results are the same; as many forward passes as layers.
+    distributed: among the processes of torch.distributed's default group, each of which makes this
+        call with the same arguments, on a device of its own, and gets the same model and report.
+        Each runs its part of the batches; sums, and what they find on the way, are put together.
+    deterministic: sum each batch apart, and add the sums in the order of the batches: the bits of
+        the result do not depend on the number of processes. Takes memory for a Hessian per batch.
+        Else each process sums its batches, and sums are added by rank.
     progress: a bar of tqdm on stderr; some lines where tqdm is not installed, or nobody watches. Or
         a function to call with the name of each layer that is done.
 
@@ -161,9 +171,10 @@ def quantize(
             packed.check_spec(target.spec)
             if reason := packed.obstacle(target.module):
                 target.notes.append(f"not packed: {reason}")
+    ranks = Ranks(distributed)
     run = _Run(
         model, batches, targets, batchnorm, bias_correction, drift, hessian_dtype,
-        attention_mask, forward or feed, replay, options,
+        attention_mask, forward or feed, replay, ranks, deterministic, options,
     )  # fmt: skip
     costs = {
         name: solve_cost(*layers.matrix_shape(target.module)) for name, target in targets.items()
@@ -186,7 +197,8 @@ def quantize(
         overrides={name: asdict(other) for name, other in overrides.items()},
         **options, drift_correction=drift, batchnorm=batchnorm, bias_correction=bias_correction,
         hessian_dtype=str(hessian_dtype).removeprefix("torch."), attention_mask=attention_mask,
-        pack=pack, replay=replay, batches=len(batches),
+        pack=pack, replay=replay, batches=len(batches), processes=ranks.size,
+        deterministic=deterministic,
     )  # fmt: skip
     return Report(
         layers=tuple(run.layers_done),
@@ -262,9 +274,13 @@ class _Run:
         mask_key: str | None,
         forward: Forward,
         replay: bool,
+        ranks: Ranks,
+        deterministic: bool,
         options: dict[str, Any],
     ) -> None:
         self.model, self.batches, self.targets = model, batches, targets
+        self.ranks, self.own = ranks, ranks.own(len(batches))
+        self.deterministic = deterministic
         self.batchnorm, self.bias_correction = batchnorm, bias_correction
         self.drift_correction = drift_correction
         # where something is to be chosen on them, every fourth batch from the second on
@@ -287,8 +303,9 @@ class _Run:
         self.repeats: dict[Station, int] = {}  # most visits in one forward pass
         self.before: dict[Station, ChannelMoments] = {}  # of the full-precision model
         self.follower: dict[str, str] = {}  # layer -> BatchNorm that its output goes straight into
-        self._visits: dict[Station, int] = {}
-        # the last layer and its output: an activation in place leaves the same tensor, changed
+        # of the batch that the first pass runs; the last layer there and its output: an activation
+        # in place leaves the same tensor, changed
+        self._seen, self._inputs = Observed({}, {}, {}, {}), InputTracker()
         self._latest: tuple[str, VersionedRef | None] = ("", None)
         # of the batch that this thread runs: its mask, and what each layer got, by name
         self._pass = threading.local()
@@ -300,36 +317,39 @@ class _Run:
 
     def observe(self) -> None:
         """First pass, of the untouched model: order of execution, repeats, shared inputs, means."""
-        inputs, hooks = InputTracker(), []
+        hooks = []
         for name in (twin for target in self.targets.values() for twin in target.twins):
             module = self.modules[name]
             hooks += [
-                module.register_forward_pre_hook(
-                    partial(self._saw_input, inputs, name), with_kwargs=True
-                ),
+                module.register_forward_pre_hook(partial(self._saw_input, name), with_kwargs=True),
                 module.register_forward_hook(partial(self._saw_layer, name)),
             ]
         hooks += [
             module.register_forward_pre_hook(partial(self._saw_norm, name), with_kwargs=True)
             for name, module in self.norms.items()
         ]
+        found: dict[int, Observed] = {}
         with _removed(hooks):
-            for batch in self.batches:
-                self._visits = {}
-                inputs.start_batch()
-                self._run_batch(batch)
-                self._merge_sequence()
-                for station, count in self._visits.items():
-                    self.repeats[station] = max(count, self.repeats.get(station, 0))
+            for number in self.own:
+                self._inputs, self._latest = InputTracker(), ("", None)
+                self._seen = found[number] = Observed({}, self._inputs.numbers, {}, {})
+                self._run_batch(self.batches[number], number)
+        everywhere = {n: seen for part in self.ranks.gather(found) for n, seen in part.items()}
+        batches = [everywhere[number] for number in sorted(everywhere)]
+        for number, batch in enumerate(batches):
+            self._merge_sequence(batch.visits)
+            for station, count in batch.visits.items():
+                self.repeats[station] = max(count, self.repeats.get(station, 0))
+            self.follower |= batch.follower
+            for norm, moments in batch.moments.items():
+                self.before.setdefault(norm, ChannelMoments()).parts[number] = moments
         self._sum_repeated()
-        find_leaders(self.targets, inputs.numbers)
+        find_leaders(self.targets, [batch.inputs for batch in batches])
 
-    def _merge_sequence(self) -> None:
+    def _merge_sequence(self, visits: dict[Station, int]) -> None:
         """Stations that no batch before this one visited go behind the one visited just before."""
-        if self._visits.keys() <= self.repeats.keys():
-            return
         place = 0
-        for station in self._visits:
+        for station in visits:
             if station in self.repeats:
                 place = self.sequence.index(station)
             else:
@@ -337,12 +357,10 @@ class _Run:
             place += 1
 
     def _visit(self, station: Station) -> None:
-        self._visits[station] = self._visits.get(station, 0) + 1
+        self._seen.visits[station] = self._seen.visits.get(station, 0) + 1
 
-    def _saw_input(
-        self, inputs: InputTracker, name: str, module: Layer, args: Any, kwargs: Any
-    ) -> None:
-        inputs.add(name, layers.called_with(name, args, kwargs))
+    def _saw_input(self, name: str, module: Layer, args: Any, kwargs: Any) -> None:
+        self._inputs.add(name, layers.called_with(name, args, kwargs))
 
     def _saw_layer(self, name: str, module: Layer, args: Any, output: object) -> None:
         self._visit(("solve", name))
@@ -355,8 +373,9 @@ class _Run:
         inputs = layers.called_with(name, args, kwargs)
         layer, output = self._latest
         if output is not None and output.matches(inputs):
-            self.follower[layer] = name
-        self.before.setdefault(station, ChannelMoments()).add(inputs)
+            self._seen.follower[layer] = name
+        if inputs.numel() > 0:
+            self._seen.moments.setdefault(station, []).append(BatchMoments.of(inputs))
 
     def _sum_repeated(self) -> None:
         """Hessians of layers that run more than once per pass, before anything is changed."""
@@ -374,14 +393,15 @@ class _Run:
                 ]
         if hooks:
             with _removed(hooks):
-                for batch in self.batches:
-                    self._run_batch(batch)
+                for number in self.own:
+                    self._run_batch(self.batches[number], number)
 
     def solve_all(self, advance: Advance) -> None:
         """Second pass, in lockstep: solve a layer, correct what follows, go on."""
         original = _copied(self.model) if self._drifts else None
         passes = []
-        for number, batch in enumerate(self.batches):
+        for number in self.own:
+            batch = self.batches[number]
             if original is not None:
                 passes.append(partial(self._run_batch, batch, number, original))
             passes.append(partial(self._run_batch, batch, number))
@@ -396,7 +416,7 @@ class _Run:
         }
         seen = [station for station in self.sequence if station in actions]
         meeting = (Replay if self.replay else Lockstep)(
-            passes, {station: actions[station] for station in [*seen, *actions]}
+            passes, {station: actions[station] for station in [*seen, *actions]}, self._agree
         )
         hooks = []
         if original is not None:
@@ -433,6 +453,14 @@ class _Run:
             target.notes.append("no calibration row reached it")
         for target in missed:
             self._solve(target, advance)
+
+    def _agree(self, own: Place | None) -> Place | None:
+        """The first of the places where the passes of all processes wait."""
+        places = [place for place in self.ranks.gather(own) if place is not None]
+        first = min((number for number, _ in places), default=None)
+        if first is None:
+            return None
+        return first, any(due for number, due in places if number == first)
 
     def _corrects_norm(self, name: str) -> bool:
         """By the paired rule: what a second call sees depends on the correction of the first."""
@@ -473,17 +501,19 @@ class _Run:
             target.calls.append(call)
         met = self._pass.inputs.get(leader.name)
         if met is None or not met.matches(call.inputs):
-            target.leader, target.solution = None, None
-            target.notes.append(f"once quantized, not on the inputs of {leader.name}: solved alone")
-            for each in target.calls:  # of other batches, which wait, and of this one
-                self._add_rows(target, each)
+            if self.replay and self.ranks.size > 1:
+                raise ValueError(
+                    f"once quantized, {target.name!r} is not on the inputs of {leader.name!r}, "
+                    "which several processes cannot tell each other when they replay"
+                )
+            self._part_from_leader(target, leader)  # calls of other batches, which wait, too
             if isinstance(meeting, Replay):
                 meeting.forget(("solve", target.name))
 
     def _call(self, name: str, args: Any, kwargs: Any) -> Call:
         original = self._original.get((self._pass.number, name))
-        held_out = self._pass.number in self.held_out
-        return Call(layers.called_with(name, args, kwargs), self._pass.mask, original, held_out)
+        inputs = layers.called_with(name, args, kwargs)
+        return Call(inputs, self._pass.mask, original, self._pass.number)
 
     def _add_call(self, target: Target, name: str, module: Layer, args: Any, kwargs: Any) -> None:
         self._add_rows(target, self._call(name, args, kwargs))
@@ -498,7 +528,11 @@ class _Run:
         rows, window = layers.input_rows(target.module, call.inputs.detach(), call.mask)
         if not rows.isfinite().all():  # of the rows that count: padding tokens may hold anything
             raise ValueError(f"the input of {target.name!r} holds NaN or Inf during calibration")
-        total = target.hessian_sum(self.hessian_dtype, self._drifts, call.held_out)
+        sums = target.sums[call.batch in self.held_out]
+        key = call.batch if self.deterministic else self.ranks.rank
+        if key not in sums:
+            sums[key] = target.empty_sum(self.hessian_dtype, self._drifts)
+        total = sums[key]
         total.add(rows, window, self.options["precision"], self.options["backend"])
         if total.drifts is not None and not target.repeated:
             if call.original is not None and call.original.shape == call.inputs.shape:
@@ -514,11 +548,21 @@ class _Run:
                 self._finish(target)
             advance(target.name)
 
+    def _part_from_leader(self, target: Target, leader: Target) -> None:
+        """What `_share_inputs` does, and where calls of this process had no reason, for them."""
+        target.leader, target.solution = None, None
+        target.notes.append(f"once quantized, not on the inputs of {leader.name}: solved alone")
+        for call in target.calls:
+            self._add_rows(target, call)
+
     def _finish(self, target: Target) -> None:
+        if target.led_by is not None:
+            alone = self.ranks.gather(target.leader is None)
+            if any(alone) and target.leader is not None:
+                self._part_from_leader(target, target.leader)
         if target.solution is None:
-            self._solve_together(
-                [target, *(other for other in self.targets.values() if other.leader is target)]
-            )
+            followers = [other for other in self.targets.values() if other.leader is target]
+            self._solve_together([target, *followers])
         solution, target.solution = target.solution, None
         assert solution is not None
         started = time.perf_counter()
@@ -568,10 +612,11 @@ class _Run:
         weights = [layers.weight_matrix(target.module) for target in targets]
         rows = [weight.shape[1] for weight in weights]
         spec, window = leader.spec, layers.window_size(leader.module)
-        trust = self._trust(leader, torch.cat(weights, 1))
-        total = leader.hessian_sum(self.hessian_dtype, self._drifts)
-        if leader.held_out is not None:
-            total.merge(leader.held_out)
+        empty = partial(leader.empty_sum, self.hessian_dtype, self._drifts)
+        total, held_out = (self.ranks.sum(leader.sums[which], empty()) for which in (False, True))
+        trust = self._trust(leader, torch.cat(weights, 1), total, held_out)
+        if held_out.rows:
+            total.merge(held_out)
         hessian, drift = total.hessian(), total.drift()
         if drift is not None:
             ridge, fraction = trust.ridge, trust.fraction
@@ -591,15 +636,16 @@ class _Run:
             target.solution = Solution(
                 part, aim, total.mean(), total.rows, fraction, each, baseline, others
             )
-        leader.total = leader.held_out = None
+        leader.sums = {False: {}, True: {}}
 
-    def _trust(self, leader: Target, weight: Tensor) -> Trust:
+    def _trust(
+        self, leader: Target, weight: Tensor, fit: HessianSum, held_out: HessianSum
+    ) -> Trust:
         """What was asked for, or what is best on the rows of the batches that are held out."""
         damp, fraction = self.options["damp"], self.drift_correction
         fixed = DAMP if damp is None else damp
         chosen = Trust(fixed, fixed, DRIFT_CORRECTION if fraction is None else fraction)
-        fit, held_out = leader.total, leader.held_out
-        if fit is not None and held_out is not None and fit.rows and held_out.rows:
+        if fit.rows and held_out.rows:
             how = {key: self.options[key] for key in ("precision", "backend")}
             seen, other = (Moments(part.hessian(), part.drift()) for part in (fit, held_out))
             best = choose_trust(weight, seen, other, leader.spec, **how)
@@ -638,18 +684,20 @@ class _Run:
         if name in self.corrected:
             return
         if meeting.is_new(station):
-            now.add(layers.called_with(name, args, kwargs))
+            now.add(layers.called_with(name, args, kwargs), self._pass.number)
         meeting.meet(station)
 
     def _correct_norm(self, name: str, now: ChannelMoments) -> None:
-        module, before = self.norms[name], self.before["norm", name]
-        shift = torch.zeros(1)
-        if before.mean is not None and now.mean is not None:
+        module, was = self.norms[name], self.before["norm", name].total
+        shift, everywhere = torch.zeros(1), ChannelMoments()
+        for part in self.ranks.gather(now.parts):
+            everywhere.parts |= part
+        if was is not None and (became := everywhere.total) is not None:
             # a channel that was constant, or has become so, has no scale to correct
-            usable = (before.variance > 0) & (now.variance > 0)
-            ratio = torch.where(usable, now.variance / before.variance, 1.0)
-            old = module.running_mean.double()
-            mean = now.mean + (old - before.mean) * ratio.sqrt()
+            usable = (was.variance > 0) & (became.variance > 0)
+            ratio = torch.where(usable, became.variance / was.variance, 1.0)
+            old = module.running_mean.double().cpu()
+            mean = became.mean + (old - was.mean) * ratio.sqrt()
             shift = mean - old
             module.running_mean.copy_(mean)
             module.running_var *= ratio.to(module.running_var)

@@ -3,19 +3,22 @@
 import fnmatch
 import itertools
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import layers
 from .baseline import Baseline
+from .calibrate import BatchMoments
 from .hessian import HessianSum
 from .layers import Layer
 from .result import SolveResult
 from .spec import QuantSpec
+
+Station = tuple[Literal["solve", "norm"], str]
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,13 @@ def split_rows(result: SolveResult, rows: list[int]) -> list[SolveResult]:
 
 class Call(NamedTuple):
     """Of one layer in one batch. original: its input in the full-precision model, if known.
-    held_out: the batch takes no part in the fit of what is chosen on others.
+    batch: its number.
     """
 
     inputs: Tensor
     mask: Tensor | None
     original: Tensor | None
-    held_out: bool
+    batch: int
 
 
 @dataclass(eq=False)
@@ -84,24 +87,17 @@ class Target:
     notes: list[str] = field(default_factory=list)
     repeated: bool = False  # runs more than once in a forward pass
     leader: "Target | None" = None  # the first layer that gets the same inputs as this one
+    led_by: "Target | None" = None  # the same, also when quantization has parted them
     calls: list[Call] = field(default_factory=list)
-    total: HessianSum | None = None
-    held_out: HessianSum | None = None  # of batches that the former does not have
+    # by whether their batches are held out, and by what is summed apart
+    sums: dict[bool, dict[int, HessianSum]] = field(default_factory=lambda: {False: {}, True: {}})
     solution: Solution | None = None
     solved: bool = False
     seconds_hessian: float = 0.0
 
-    def hessian_sum(self, dtype: torch.dtype, drift: bool, held_out: bool = False) -> HessianSum:
-        """The running sum, made at the first call."""
-        found = self.held_out if held_out else self.total
-        if found is None:
-            groups, _, columns = layers.weight_matrix(self.module).shape
-            found = HessianSum(groups, columns, self.module.weight.device, dtype, drift)
-            if held_out:
-                self.held_out = found
-            else:
-                self.total = found
-        return found
+    def empty_sum(self, dtype: torch.dtype, drift: bool) -> HessianSum:
+        groups, _, columns = layers.weight_matrix(self.module).shape
+        return HessianSum(groups, columns, self.module.weight.device, dtype, drift)
 
 
 def find_targets(
@@ -156,6 +152,20 @@ def find_targets(
     return targets, skipped
 
 
+class Observed(NamedTuple):
+    """What was seen of a batch in the untouched model.
+
+    visits: how often it came to each station, in the order of the first time. inputs: the numbers
+    of an InputTracker. follower: name of a layer -> of the BatchNorm that its output goes straight
+    into. moments: of what went into each BatchNorm.
+    """
+
+    visits: dict[Station, int]
+    inputs: dict[str, list[int]]
+    follower: dict[str, str]
+    moments: dict[Station, list[BatchMoments]]
+
+
 class VersionedRef:
     """A tensor as it was at one moment, by a weak reference: its memory is not kept.
 
@@ -176,16 +186,13 @@ class VersionedRef:
 class InputTracker:
     """Numbers the inputs of layers: equal numbers for the same tensor, unchanged, in one batch.
 
-    numbers: of each layer by name, in the order of execution, those of all its inputs.
+    numbers: of each layer by name, in the order of execution, those of all its inputs of the batch.
     """
 
     def __init__(self) -> None:
         self.numbers: dict[str, list[int]] = {}
         self._fresh = itertools.count()
         self._batch: dict[int, tuple[VersionedRef, int]] = {}
-
-    def start_batch(self) -> None:
-        self._batch = {}
 
     def add(self, name: str, inputs: Tensor) -> None:
         known = self._batch.get(id(inputs))
@@ -195,11 +202,16 @@ class InputTracker:
         self.numbers.setdefault(name, []).append(known[1])
 
 
-def find_leaders(targets: Mapping[str, Target], numbers: Mapping[str, list[int]]) -> None:
+def find_leaders(targets: Mapping[str, Target], batches: Sequence[Mapping[str, list[int]]]) -> None:
     """Set the leader of each layer that gets all its inputs, and no others, after another layer.
 
-    Both make the same rows of them, have the same spec and device, and run once in a forward pass.
+    batches: the numbers of an InputTracker of each. Both layers make the same rows of their inputs,
+    have the same spec and device, and run once in a forward pass.
     """
+    numbers: dict[str, list[tuple[int, int]]] = {}
+    for batch, seen_there in enumerate(batches):
+        for name, each in seen_there.items():
+            numbers.setdefault(name, []).extend((batch, number) for number in each)
     first: dict[Hashable, Target] = {}
     for name, seen in numbers.items():
         target = targets.get(name)
@@ -208,4 +220,4 @@ def find_leaders(targets: Mapping[str, Target], numbers: Mapping[str, list[int]]
         geometry = layers.row_geometry(target.module)
         key = (*seen,), geometry, target.spec, target.module.weight.device
         leader = first.setdefault(key, target)
-        target.leader = None if leader is target else leader
+        target.leader = target.led_by = None if leader is target else leader

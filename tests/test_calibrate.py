@@ -95,6 +95,34 @@ def test_two_runs_are_alike() -> None:
 
 
 @pytest.mark.parametrize("kind", [Lockstep, Replay])
+def test_stations_that_other_processes_agree_on_are_done_as_well(
+    kind: type[Lockstep] | type[Replay],
+) -> None:
+    """Passes here go from a to c, and elsewhere through b."""
+    done: list[str] = []
+    elsewhere = [(0, False), (1, True), (1, False), (2, True)]
+
+    def agree(place: tuple[int, bool] | None) -> tuple[int, bool] | None:
+        other = elsewhere.pop(0) if elsewhere else None
+        both = [x for x in (place, other) if x is not None]
+        if not both:
+            return None
+        first = min(number for number, _ in both)
+        if other is not None and other[0] != first:
+            elsewhere.insert(0, other)
+        return first, any(due for number, due in both if number == first)
+
+    def walk() -> None:
+        for station in "ac":
+            meeting.meet(station)
+
+    actions = {station: partial(done.append, station) for station in "abc"}
+    meeting = kind([walk, walk], actions, agree)
+    meeting.run()
+    assert done == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("kind", [Lockstep, Replay])
 def test_nothing_is_done_where_all_passes_only_wait(kind: type[Lockstep] | type[Replay]) -> None:
     done: list[str] = []
 
@@ -285,11 +313,11 @@ def one_shot(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def assert_moments(moments: ChannelMoments, values: Tensor) -> None:
     mean, variance = one_shot(values)
-    assert moments.mean is not None
-    assert moments.mean.dtype == moments.variance.dtype == torch.float64
-    assert moments.count == values.numel() // values.shape[1]
-    torch.testing.assert_close(moments.mean, mean, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(moments.variance, variance, rtol=1e-5, atol=1e-9)
+    total = moments.total
+    assert total is not None and total.mean.dtype == total.variance.dtype == torch.float64
+    assert total.number == values.numel() // values.shape[1]
+    torch.testing.assert_close(total.mean, mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(total.variance, variance, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -305,8 +333,8 @@ def test_moments_of_chunks(shape: tuple[int, ...], sizes: list[int] | None) -> N
     sizes = sizes or [len(values)]
     sizes = [*sizes[:-1], len(values) - sum(sizes[:-1])]
     moments = ChannelMoments()
-    for chunk in values.split(sizes):
-        moments.add(chunk)
+    for number, chunk in enumerate(values.split(sizes)):
+        moments.add(chunk, number)
     assert_moments(moments, values)
 
 
@@ -316,9 +344,9 @@ def test_moments_of_a_large_mean() -> None:
     for chunk in values.split(1):
         moments.add(chunk)
     mean, variance = one_shot(values)
-    assert moments.mean is not None
-    torch.testing.assert_close(moments.mean, mean, rtol=1e-7, atol=0)
-    torch.testing.assert_close(moments.variance, variance, rtol=1e-3, atol=0)
+    assert moments.total is not None
+    torch.testing.assert_close(moments.total.mean, mean, rtol=1e-7, atol=0)
+    torch.testing.assert_close(moments.total.variance, variance, rtol=1e-3, atol=0)
 
 
 def test_moments_of_half_precision_are_taken_in_full() -> None:
@@ -332,15 +360,26 @@ def test_moments_of_a_constant_channel() -> None:
     moments = ChannelMoments()
     for _ in range(3):
         moments.add(torch.full((7, 2, 5), 0.1))
-    assert torch.equal(moments.variance, torch.zeros(2).double())
+    assert moments.total is not None
+    assert torch.equal(moments.total.variance, torch.zeros(2).double())
 
 
 def test_moments_of_nothing() -> None:
     moments = ChannelMoments()
     moments.add(torch.ones(0, 3))
-    assert moments.mean is None and moments.count == 0
-    with pytest.raises(ValueError, match="no values were added"):
-        _ = moments.variance
+    assert moments.total is None
+
+
+def test_moments_do_not_depend_on_the_order_in_which_batches_come() -> None:
+    batches = list((100 * torch.randn(5, 7, 3)).unbind())
+    one, other = ChannelMoments(), ChannelMoments()
+    for number in range(5):
+        one.add(batches[number], number)
+    for number in (3, 0, 4, 2, 1):
+        other.add(batches[number], number)
+    assert one.total is not None and other.total is not None
+    assert torch.equal(one.total.mean, other.total.mean)
+    assert torch.equal(one.total.variance, other.total.variance)
 
 
 def test_hessians_of_a_model() -> None:
