@@ -14,6 +14,7 @@ from .forward import Forward
 from .layers import find_layers
 from .progress import Advance
 from .quantize import quantize
+from .ranks import Ranks
 from .report import Report
 from .spec import QuantSpec
 from .stream import Chain, isolated, leave_gaps, run_behind
@@ -41,6 +42,7 @@ class Blockwise:
     in_memory: bool
     behind: bool
     job: Job
+    ranks: Ranks
     advance: Advance
 
     @property
@@ -60,9 +62,14 @@ class Blockwise:
                 part, report = self._block(self.chain, number, here, there)
             else:
                 part, report = self._rest(here)
-            save_part(part, self.job.part(number), self.format, report)
+            if self.ranks.rank == 0:
+                save_part(part, self.job.part(number), self.format, report)
             needed = number + 2 < len(self.names) or (number + 2 == len(self.names) and self.behind)
-            self.job.finish({"name": name, "report": report.to_json()}, there if needed else None)
+            written: dict[str, str] = {}
+            for sums in self.ranks.gather(there.flush() if needed else {}):
+                written |= sums
+            if self.ranks.rank == 0:
+                self.job.finish({"name": name, "report": report.to_json()}, written)
             reports.append(report)
         return reports
 
@@ -72,7 +79,7 @@ class Blockwise:
         """A quantized copy of a block; what it puts out is written for the next one."""
         name, arguments = chain.names[number], chain.arguments[number]
         if number == 0:
-            for batch, activations in enumerate(chain.first):
+            for batch, activations in chain.first.items():
                 here.write(batch, "quantized", activations)
         part = isolated(self.model, name).to(self.device, self.dtype)
 
@@ -88,7 +95,7 @@ class Blockwise:
         if report.layers:
             return part, report
         with torch.no_grad():
-            for batch in range(len(self.batches)):
+            for batch in self.ranks.own(len(self.batches)):
                 step(part, batch, "quantized")
                 if here.has(batch, "original"):
                     step(part, batch, "original")

@@ -1,8 +1,11 @@
 """The command line: sapq-triton quantize MODEL, inspect MODEL, report RUN."""
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import get_args
 
@@ -13,6 +16,7 @@ from .formats import FORMATS, Stored
 from .formats.folder import CONFIG, read_json
 from .language import DTYPES, quantize_folder
 from .preset import PresetName
+from .report import Report
 from .report_files import read_report
 from .report_html import report_page
 from .spec import Order, QuantSpec
@@ -79,6 +83,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--restart", action="store_true", help="begin anew where an earlier run was interrupted"
     )
+    command.add_argument(
+        "--deterministic", action="store_true",
+        help="the same bits by any number of processes; memory for a Hessian per batch",
+    )  # fmt: skip
+    command.add_argument(
+        "--timeout", type=float, default=30.0, metavar="MINUTES",
+        help="that processes started by torchrun wait for each other (default 30)",
+    )  # fmt: skip
 
     onnx = command.add_argument_group("ONNX files")
     onnx.add_argument(
@@ -131,8 +143,44 @@ def _quantize_onnx(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: ONNX, {sizes[1]:.1f} MB of {sizes[0]:.1f} MB")
 
 
+@contextmanager
+def _processes(device: str, minutes: float) -> Iterator[tuple[bool, str]]:
+    """Whether torchrun started this process among others, and the device of this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield False, device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    torch.distributed.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    try:
+        yield True, device
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def _quantize_folder(arguments: argparse.Namespace) -> None:
-    report = quantize_folder(
+    with _processes(arguments.device, arguments.timeout) as (distributed, device):
+        report = _quantized_folder(arguments, distributed, device)
+        if distributed and torch.distributed.get_rank() > 0:
+            return
+    print(report)
+    sizes = [
+        sum(path.stat().st_size for path in folder.glob("*.safetensors")) / MEGABYTE
+        for folder in (arguments.model, arguments.out)
+    ]
+    print(f"{arguments.out}: {arguments.format}, {sizes[1]:.1f} MB of {sizes[0]:.1f} MB")
+    dtype = read_json(arguments.out / CONFIG)["dtype"]
+    if arguments.format in ("gptq", "gptq_v2") and dtype == "bfloat16":
+        print(
+            "Scales are float16, and the model bfloat16: programs that compute in bfloat16 round "
+            "them. Run it in float16, or use --dtype float16 or --format compressed-tensors."
+        )
+
+
+def _quantized_folder(arguments: argparse.Namespace, distributed: bool, device: str) -> Report:
+    return quantize_folder(
         arguments.model,
         arguments.out,
         arguments.calibration,
@@ -147,23 +195,13 @@ def _quantize_folder(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         skip=arguments.skip,
         output_layer=arguments.output_layer,
-        device=arguments.device,
+        device=device,
         dtype=arguments.dtype,
         spill=arguments.spill,
         restart=arguments.restart,
+        distributed=distributed,
+        deterministic=arguments.deterministic,
     )
-    print(report)
-    sizes = [
-        sum(path.stat().st_size for path in folder.glob("*.safetensors")) / MEGABYTE
-        for folder in (arguments.model, arguments.out)
-    ]
-    print(f"{arguments.out}: {arguments.format}, {sizes[1]:.1f} MB of {sizes[0]:.1f} MB")
-    dtype = read_json(arguments.out / CONFIG)["dtype"]
-    if arguments.format in ("gptq", "gptq_v2") and dtype == "bfloat16":
-        print(
-            "Scales are float16, and the model bfloat16: programs that compute in bfloat16 round "
-            "them. Run it in float16, or use --dtype float16 or --format compressed-tensors."
-        )
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,9 @@
 """Quantize a language model from a folder into a folder: Hugging Face files, a text, a format."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ from . import layers
 from .blockwise import Blockwise
 from .formats import find_format
 from .formats.folder import CONFIG, optional, read_json, refuse_foreign, sha256
-from .formats.job import open_job
+from .formats.job import Job, open_job
 from .formats.layer import Outline
 from .formats.writer import check, config, join
 from .machine import environment
 from .preset import PresetName
 from .progress import progress_bar, solve_cost
+from .ranks import Ranks
 from .report import Report
 from .spec import Order, QuantSpec
 from .stream import Chain, find_chain
@@ -51,6 +54,8 @@ def quantize_folder(
     dtype: str = "auto",
     spill: bool = False,
     restart: bool = False,
+    distributed: bool = False,
+    deterministic: bool = False,
     progress: bool = True,
 ) -> Report:
     """Load, calibrate on a text, quantize, and save beside the tokenizer's files.
@@ -71,6 +76,8 @@ def quantize_folder(
         batches, on the device.
     restart: begin anew. Else a job that was interrupted, however, goes on after its last finished
         block, which `.TARGET.job` beside the target keeps, and comes to the same bytes.
+    distributed, deterministic: as in `quantize`; source and target are folders that all processes
+        see. A process that ends is an error in the others, and the job can go on.
     progress: a bar, or lines in a log.
 
     ValueError, before anything is solved, for what cannot be read, drawn, or saved, and where an
@@ -109,23 +116,18 @@ def quantize_folder(
         for goal in goals.values()
     }
     check(chosen, model, outlines)
-    about: dict[str, Any] = {
-        "options": dict(
-            bits=bits, group_size=group_size, symmetric=symmetric, format=format, preset=preset,
-            order=order, samples=samples, sequence_length=sequence_length, seed=seed, skip=skip,
-            output_layer=output_layer, dtype=dtype, spill=spill,
-        ),
-        "inputs": {path.name: sha256(path) for path in sorted(source.iterdir()) if path.is_file()},
-        "calibration": sha256(Path(calibration)),
-        "environment": {
-            **environment(torch.device(device)), "transformers": transformers.__version__
-        },
-    }  # fmt: skip
-
-    with open_job(target, about, restart) as job:
+    ranks = Ranks(distributed)
+    told: dict[str, Any] = dict(
+        bits=bits, group_size=group_size, symmetric=symmetric, format=format, preset=preset,
+        order=order, samples=samples, sequence_length=sequence_length, seed=seed, skip=skip,
+        output_layer=output_layer, dtype=dtype, spill=spill, deterministic=deterministic,
+        processes="any number" if deterministic else ranks.size,
+    )  # fmt: skip
+    begin = partial(_begin, source, target, Path(calibration), told, device, restart)
+    with ranks.led(begin, lambda job: (job.folder, job.content), lambda said: Job(*said)) as job:
         batches = sequences.split(SEQUENCES_PER_BATCH)
         forward = _whole if output_layer else _body
-        chain = find_chain(model, batches, forward, own)
+        chain = find_chain(model, batches, forward, own, ranks.own(len(batches)))
         behind = outlines.keys() & set(head)
         if isinstance(chain, Chain) and not all(map(chain.holds, outlines.keys() - behind)):
             chain = "layers outside of its blocks are to be quantized"
@@ -135,19 +137,41 @@ def quantize_folder(
         costs = {
             name: solve_cost(*layers.matrix_shape(goal.module)) for name, goal in goals.items()
         }
-        with progress_bar(costs, shown=progress) as advance:
+        with progress_bar(costs, shown=progress and ranks.rank == 0) as advance:
             reports = Blockwise(
                 model, chain, batches, forward, spec, format,
-                options=dict(skip=patterns, preset=preset, order=order, replay=spill),
+                options=dict(skip=patterns, preset=preset, order=order, replay=spill,
+                             distributed=distributed, deterministic=deterministic),
                 device=torch.device(device), dtype=own, in_memory=not spill, behind=bool(behind),
-                job=job, advance=advance,
+                job=job, ranks=ranks, advance=advance,
             ).run()  # fmt: skip
-        told = about["options"] | {"one part, because": chain if isinstance(chain, str) else None}
+        told |= {"one part, because": chain if isinstance(chain, str) else None}
         report = Report.of_parts(reports, skipped, told)
-        companions = [path for path in sorted(source.iterdir()) if path.name.startswith(COMPANIONS)]
-        parts = [job.part(number) for number in range(len(reports))]
-        join(parts, target, format, content, companions, report)
+        if ranks.rank == 0:
+            companions = [p for p in sorted(source.iterdir()) if p.name.startswith(COMPANIONS)]
+            parts = [job.part(number) for number in range(len(reports))]
+            join(parts, target, format, content, companions, report)
     return report
+
+
+def _begin(
+    source: Path,
+    target: Path,
+    calibration: Path,
+    options: dict[str, Any],
+    device: str,
+    restart: bool,
+) -> AbstractContextManager[Job]:
+    """The job, of which everything is known that its result depends on."""
+    inputs = {path.name: sha256(path) for path in sorted(source.iterdir()) if path.is_file()}
+    versions = {"transformers": optional("transformers").__version__}
+    about = {
+        "options": options,
+        "inputs": inputs,
+        "calibration": sha256(calibration),
+        "environment": environment(torch.device(device)) | versions,
+    }
+    return open_job(target, about, restart)
 
 
 def _whole(model: nn.Module, batch: Tensor) -> object:

@@ -1,10 +1,9 @@
 """The processes that work on one model, and what they tell each other: torch.distributed."""
 
-import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -41,22 +40,36 @@ class Ranks:
         dist.all_gather_object(said, value)
         return said
 
-    def from_rank(self, source: int, value: T | None, device: torch.device) -> T:
-        """What one of them has; its tensors on `device`."""
-        if self.size == 1:
-            assert value is not None
-            return value
-        said: list[Any] = [None]
-        if self.rank == source:
-            buffer = io.BytesIO()
-            torch.save(value, buffer)
-            said = [buffer.getvalue()]
-        dist.broadcast_object_list(said, source)
-        if self.rank == source:
-            assert value is not None
-            return value
-        found: T = torch.load(io.BytesIO(said[0]), map_location=device, weights_only=False)
-        return found
+    @contextmanager
+    def led(
+        self,
+        begin: Callable[[], AbstractContextManager[T]],
+        said: Callable[[T], Any],
+        heard: Callable[[Any], T],
+    ) -> Iterator[T]:
+        """What the first process opens, and closes after all have come to the end.
+
+        said: what of it the others are told; heard: what they make of that. A ValueError at the
+        beginning is raised in all of them.
+        """
+        if self.rank > 0:
+            error, content = self.gather(None)[0] or ("", None)
+            if error:
+                raise ValueError(error)
+            yield heard(content)
+            self.gather(None)  # all are done
+            self.gather(None)  # and it is closed
+            return
+        with ExitStack() as stack:
+            try:
+                opened = stack.enter_context(begin())
+            except ValueError as error:
+                self.gather((str(error), None))
+                raise
+            self.gather(("", said(opened)))
+            yield opened
+            self.gather(None)
+        self.gather(None)
 
     def broadcast(self, tensors: Iterable[Tensor | None], source: int) -> None:
         """The values of one process, in place."""

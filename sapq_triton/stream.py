@@ -7,7 +7,7 @@ the activations that the one before it has left: `quantize` of the whole model c
 
 import copy
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,14 +40,14 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Chain:
-    """names: of the blocks, in the order of execution. arguments: by block, then by batch. first:
-    the activations that go into the first block, by batch. in_tuples: whether blocks return theirs
-    so.
+    """names: of the blocks, in the order of execution. arguments: by block, then by the number of
+    the batch. first: the activations that go into the first block, by batch. in_tuples: whether
+    blocks return theirs so.
     """
 
     names: tuple[str, ...]
-    arguments: Sequence[Sequence[Arguments]]
-    first: Sequence[Tensor]
+    arguments: Sequence[Mapping[int, Arguments]]
+    first: Mapping[int, Tensor]
     in_tuples: bool
 
     def holds(self, layer: str) -> bool:
@@ -61,7 +61,11 @@ class _Done(BaseException):
 
 @torch.no_grad()
 def find_chain(
-    model: nn.Module, batches: Sequence[Any], forward: Forward, dtype: torch.dtype
+    model: nn.Module,
+    batches: Sequence[Any],
+    forward: Forward,
+    dtype: torch.dtype,
+    numbers: Iterable[int] | None = None,
 ) -> Chain | str:
     """The blocks of a model, or the reason why it is no chain of them.
 
@@ -70,6 +74,7 @@ def find_chain(
     But for a copy of the first one, on the first batch, none runs, and no weight of theirs is read.
 
     dtype: that of the blocks when they are to run; what is outside of them is converted, in place.
+    numbers: of the batches that the chain is to know; all by default.
     """
     lists = {
         name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)
@@ -88,15 +93,15 @@ def find_chain(
     in_tuples = _returns_tuple(model, blocks[0], batches[0], forward, dtype)
     if in_tuples is None:
         return f"{names[0]} does not run, or returns something else than activations"
-    first: list[Tensor] = []
-    calls: list[list[Arguments]] = [[] for _ in blocks]
-    for batch in batches:
-        start, found = _record(model, blocks, batch, forward, in_tuples)
+    first: dict[int, Tensor] = {}
+    calls: list[dict[int, Arguments]] = [{} for _ in blocks]
+    for number in range(len(batches)) if numbers is None else numbers:
+        start, found = _record(model, blocks, batches[number], forward, in_tuples)
         if start is None or len(found) != len(blocks):
             return f"the blocks of {where!r} do not run one after the other"
-        first.append(start)
+        first[number] = start
         for of_block, each in zip(calls, found, strict=True):
-            of_block.append(each)
+            of_block[number] = each
     return Chain(names, calls, first, in_tuples)
 
 

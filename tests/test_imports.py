@@ -185,8 +185,8 @@ def test_pages_are_made_of_numbers(name: str) -> None:
 
 def test_the_command_line_is_outermost() -> None:
     rooms = {
-        "blockwise", "formats", "layers", "machine", "preset", "progress", "report", "spec",
-        "stream", "targets",
+        "blockwise", "formats", "layers", "machine", "preset", "progress", "ranks", "report",
+        "spec", "stream", "targets",
     }  # fmt: skip
     ours, others = imports(ROOT / "sapq_triton" / "language.py")
     assert ours <= rooms and packages(others) <= {"torch"}

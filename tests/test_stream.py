@@ -153,8 +153,9 @@ def test_another_dtype(tmp_path: Path, text: Path, dtype: str) -> None:
     converted = find_chain(stored, batches, body, plain.dtype)
     assert isinstance(own, Chain) and isinstance(converted, Chain)
     assert torch.equal(own.first[1], converted.first[1])
-    for one, other in zip(own.arguments[0], converted.arguments[0], strict=True):
-        torch.testing.assert_close(one.kwargs, other.kwargs, rtol=0, atol=0)
+    for number, arguments in own.arguments[0].items():
+        other = converted.arguments[0][number]
+        torch.testing.assert_close(arguments.kwargs, other.kwargs, rtol=0, atol=0)
 
 
 def body(model: Any, batch: Tensor) -> object:

@@ -50,9 +50,11 @@ class Activations:
     folder: Path
     in_memory: bool
     _held: dict[tuple[int, Role], Tensor] = field(default_factory=dict)
+    _written: set[tuple[int, Role]] = field(default_factory=set)
 
     def write(self, number: int, role: Role, activations: Tensor) -> None:
         """number: of the batch."""
+        self._written.add((number, role))
         if self.in_memory:
             self._held[number, role] = activations.cpu()
         else:
@@ -75,11 +77,11 @@ class Activations:
         return (number, role) in self._held or self._file(number, role).exists()
 
     def flush(self) -> dict[str, str]:
-        """Everything on the disk: checksums by the name of the file."""
+        """All that was written is on the disk: checksums by the name of the file."""
         self.folder.mkdir(exist_ok=True)
         for (number, role), tensor in self._held.items():
             self._save(number, role, tensor)
-        files = sorted(self.folder.iterdir())
+        files = [self._file(*key) for key in sorted(self._written)]
         for path in (*files, self.folder):
             sync(path)
         return {path.name: sha256(path) for path in files}
@@ -94,19 +96,18 @@ class Activations:
 
 
 class Job:
-    """An unfinished job, open in this process alone. Made by `open_job`."""
+    """An unfinished job. Made by `open_job`, in one process, which alone may finish parts.
 
-    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self._content: dict[str, Any] = {
-            "version": VERSION, "writer": program(), "about": dict(about),
-            "parts": [], "activations": {},
-        }  # fmt: skip
+    content: that of job.json.
+    """
+
+    def __init__(self, folder: Path, content: dict[str, Any]) -> None:
+        self.folder, self.content = folder, content
 
     @property
     def parts(self) -> list[dict[str, Any]]:
         """What was noted about the finished ones."""
-        found: list[dict[str, Any]] = self._content["parts"]
+        found: list[dict[str, Any]] = self.content["parts"]
         return found
 
     def part(self, number: int) -> Path:
@@ -116,18 +117,20 @@ class Job:
         """What goes into this part; empty unless it is the first that is not finished."""
         return Activations(self.folder / f"activations-{number:05}", in_memory)
 
-    def finish(self, note: Mapping[str, Any], activations: Activations | None) -> None:
-        """Count the part that was written last. activations: what goes into the next one."""
+    def finish(self, note: Mapping[str, Any], activations: Mapping[str, str]) -> None:
+        """Count the part that was written last. activations: checksums of what goes into the next
+        one, by file.
+        """
         number = len(self.parts)
         entry = {"manifest": sha256(self.part(number) / MANIFEST), **note}
-        self._content["parts"].append(entry)
-        self._content["activations"] = activations.flush() if activations else {}
+        self.content["parts"].append(entry)
+        self.content["activations"] = dict(activations)
         self._write()
         shutil.rmtree(self.folder / f"activations-{number:05}", ignore_errors=True)
 
     def _write(self) -> None:
         partial = self.folder / f"{JOB}.partial"
-        write_json(partial, {**self._content, "sha256": _digest(self._content)})
+        write_json(partial, {**self.content, "sha256": _digest(self.content)})
         sync(partial)
         os.replace(partial, self.folder / JOB)
         sync(self.folder)
@@ -142,13 +145,13 @@ class Job:
             )
         if stored.pop("sha256", None) != _digest(stored):
             raise ValueError(f"{path} has changed since it was written: begin anew")
-        about, own = stored.get("about"), json.loads(json.dumps(self._content["about"]))
+        about, own = stored.get("about"), json.loads(json.dumps(self.content["about"]))
         if changes := list(_changes(about, own)):
             raise ValueError(
                 f"{self.folder} is an unfinished job, and not this one: {'; '.join(changes)}. Go "
                 "on with what it was begun with, or begin anew (restart=True, --restart)"
             )
-        self._content = stored
+        self.content = stored
         for number, part in enumerate(self.parts):
             manifest = self.part(number) / MANIFEST
             if not manifest.is_file() or sha256(manifest) != part["manifest"]:
@@ -162,7 +165,7 @@ class Job:
     def _clear(self) -> None:
         """Remove what a killed process has left unfinished."""
         known = {JOB, *(self.part(number).name for number in range(len(self.parts)))}
-        if self._content["activations"]:
+        if self.content["activations"]:
             known.add(self.activations(len(self.parts), False).folder.name)
         for path in self.folder.iterdir():
             if path.name not in known:
@@ -200,7 +203,8 @@ def open_job(target: Path, about: Mapping[str, Any], restart: bool = False) -> I
     changed; while another process works on the same; and where the target holds files of others.
     """
     refuse_foreign(target.resolve())
-    job = Job(job_folder(target), about)
+    new: dict[str, Any] = {"version": VERSION, "writer": program(), "about": dict(about)}
+    job = Job(job_folder(target), {**new, "parts": [], "activations": {}})
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     job.folder.mkdir(exist_ok=True)
     lock = os.open(job.folder, os.O_RDONLY)  # a lock ends with its process, however that ends
