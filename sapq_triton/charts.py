@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 NAMED_LAYERS = 48  # of an axis that still has room for their names
+NAMELESS = "(the model itself)"  # a layer that is not inside another module
 LONGEST_NAME = 30  # characters; the end of a name tells more than its beginning
 WIDTH = 1080
 
@@ -52,12 +53,14 @@ def by_layer(places: Sequence[Place], what: str) -> str:
     high = max(math.ceil(max(logs, default=0)), low + 1)
     lane = 22 if any(v is not None and v <= 0 for p in places for v in (p.a, p.b)) else 0
     named = len(places) <= NAMED_LAYERS
+    names = [_shortened(place.name) for place in places] if named else []
+    longest = 6.6 * max(map(len, names), default=0)  # in units of the drawing
     left, top, right = 56, 34, WIDTH - 14
+    level = longest * len(places) < right - left  # the names of few layers fit side by side
+    if not level:
+        left = max(left, round(longest / 2))  # they slant by 60 degrees
     bottom = top + 250
     step = (right - left) / max(1, len(places))
-    names = [_shortened(place.name) for place in places] if named else []
-    longest = 6.2 * max(map(len, names), default=0)  # in units of the drawing
-    level = longest < step  # the names of few layers fit side by side
     below = 44 if not named else 28 if level else 22 + round(0.8 * longest)
 
     def y(value: float) -> float:
@@ -212,7 +215,7 @@ def _usable(value: float) -> bool:
 
 
 def _shortened(name: str) -> str:
-    text = printable(name)
+    text = printable(name) or NAMELESS
     return text if len(text) <= LONGEST_NAME else f"…{text[-LONGEST_NAME + 1 :]}"
 
 

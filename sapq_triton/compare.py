@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import charts, page
-from .charts import Place, printable, shown
+from .charts import NAMELESS, Place, printable, shown
 from .page import Cell
 from .report import LayerReport, Report
 from .report_html import ERROR, flat
 
 HEADS = (
     "#", "layer", "error of A", "error of B", "B / A", "bits A", "bits B", "size A", "size B",
-    "solve A, s", "solve B, s",
+    "solve A (s)", "solve B (s)",
 )  # fmt: skip
 
 
@@ -104,17 +104,18 @@ def _totals(both: Comparison) -> Iterator[tuple[str, str, str]]:
 
 
 def _body(both: Comparison) -> Iterator[str]:
-    yield "<header><h1>Two quantizations</h1></header>"
-    named = page.definitions({"A": both.names[0], "B": both.names[1]})
-    yield f'<div class="card">{named}</div>'
     ratio = both.mean_ratio
+    yield "<header><h1>Two quantizations</h1>"
     if ratio is not None:
         less = sum(y.relative_error < x.relative_error for x, y in both.pairs)
-        told = f"geometric mean; {less} of {len(both.pairs)} layers below 1"
-        first = [("error of B / error of A", f"× {page.ratio(ratio)}", told)]
-        yield page.tiles([*first, *((n, f"{a} → {b}", "A → B") for n, a, b in _totals(both))])
-    else:
-        yield page.tiles((n, f"{a} → {b}", "A → B") for n, a, b in _totals(both))
+        yield (
+            f"<p>Layers of B have × {page.ratio(ratio)} the error of those of A, in the geometric "
+            f"mean; {less} of {len(both.pairs)} have less.</p>"
+        )
+    yield "</header>"
+    rows = [((Cell(n), Cell(a), Cell(b)), ()) for n, a, b in _totals(both)]
+    rows.insert(0, ((Cell("run"), Cell(both.names[0]), Cell(both.names[1])), ()))
+    yield f'<div class="card">{page.table(("", "A", "B"), rows)}</div>'
     yield "<h2>What differs</h2>"
     rows = [((Cell(n), Cell(a), Cell(b)), ()) for n, (a, b) in both.differences.items()]
     inside = page.table(("option", "A", "B"), rows) if rows else "<p>No option.</p>"
@@ -122,13 +123,17 @@ def _body(both: Comparison) -> Iterator[str]:
     if both.pairs:
         yield "<h2>Error by layer</h2>"
         places = [_place(number, *pair) for number, pair in enumerate(both.pairs)]
+        yield (
+            "<p class=about>Each run measures on inputs of its own: those that its earlier layers "
+            "have changed, and against what its drift correction aimed at.</p>"
+        )
         chart = charts.by_layer(places, ERROR)
         key = page.legend("A", "B")
         yield f'<div class="card">{key}<div class="wide chart">{chart}</div></div>'
         yield f'<h2>Layers</h2><div class="card">{_table(both)}</div>'
     for which, names in zip("AB", both.alone, strict=True):
         if names:
-            entries = "".join(f"<li><bdi>{shown(name)}</bdi></li>" for name in names)
+            entries = "".join(f"<li><bdi>{shown(name or NAMELESS)}</bdi></li>" for name in names)
             yield f'<h2>Only in {which}</h2><div class="card"><ul>{entries}</ul></div>'
 
 
@@ -144,7 +149,7 @@ def _table(both: Comparison) -> str:
         ratio = error_ratio(x, y)
         cells = (
             Cell(str(number + 1), number + 1, anchor=f"layer-{number + 1}"),
-            Cell(x.name),
+            Cell(x.name or NAMELESS),
             Cell(page.quantity(x.relative_error), x.relative_error),
             Cell(page.quantity(y.relative_error), y.relative_error),
             Cell(page.ratio(ratio), math.nan if ratio is None else ratio),
@@ -152,8 +157,8 @@ def _table(both: Comparison) -> str:
             Cell(str(y.spec.bits), y.spec.bits),
             Cell(page.size(x.bytes), x.bytes),
             Cell(page.size(y.bytes), y.bytes),
-            Cell(f"{x.seconds_solve:.2f}", x.seconds_solve),
-            Cell(f"{y.seconds_solve:.2f}", y.seconds_solve),
+            Cell(f"{x.seconds_solve:.3f}", x.seconds_solve),
+            Cell(f"{y.seconds_solve:.3f}", y.seconds_solve),
         )
         notes = [f"A: {note}" for note in x.remarks if note not in y.remarks]
         notes += [f"B: {note}" for note in y.remarks if note not in x.remarks]

@@ -19,7 +19,7 @@ from .formats.layer import Outline
 from .formats.writer import check, config, join
 from .machine import environment
 from .preset import PresetName
-from .progress import progress_bar, solve_cost
+from .progress import layer_cost, progress_bar
 from .ranks import Ranks
 from .report import Report
 from .spec import Order, QuantSpec
@@ -135,7 +135,8 @@ def quantize_folder(
             model.to(own)
         content = config(chosen, model, outlines)
         costs = {
-            name: solve_cost(*layers.matrix_shape(goal.module)) for name, goal in goals.items()
+            name: layer_cost(*layers.matrix_shape(goal.module), sequences.numel())
+            for name, goal in goals.items()
         }
         with progress_bar(costs, shown=progress and ranks.rank == 0) as advance:
             reports = Blockwise(

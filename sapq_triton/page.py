@@ -59,7 +59,7 @@ th, td { padding: 5px 10px 5px 0 } th:last-child, td:last-child { padding-right:
 td { border-top: 1px solid var(--line); vertical-align: top }
 thead + tbody tr:first-child td { border-top: 0 }
 .n { text-align: right; white-space: nowrap } th.n { white-space: normal }
-td.name { min-width: 12em; max-width: 26em }
+td.name { min-width: 14em; max-width: 26em }
 .s { white-space: nowrap }
 td.note { border-top: 0; padding: 0 0 7px 24px } td.note span { display: inline-block;
   background: var(--note); color: var(--note-ink); border-radius: 5px; padding: 1px 8px;
@@ -222,14 +222,14 @@ def quantity(value: float) -> str:
     """An error: three digits."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    if 0.01 <= abs(value) < 1000:
+    if 0.1 <= abs(value) < 1000:
         return f"{value:.3g}"
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{mantissa}e{int(exponent)}"
 
 
 def ratio(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+    return "–" if value is None else f"{value:.3f}" if value < 10 else f"{value:.3g}"
 
 
 def size(count: float) -> str:

@@ -1,6 +1,7 @@
 """Dataclasses as what JSON can hold, and back, every value checked against its annotation."""
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
@@ -52,10 +53,11 @@ def decode(kind: Any, value: object, where: str) -> Any:
             return tuple(decode(k, item, f"{where}[{i}]") for i, (k, item) in pairs)
     elif origin is not None and issubclass(origin, Mapping) and isinstance(value, dict):
         return {key: decode(inside[1], item, f"{where}[{key!r}]") for key, item in value.items()}
-    elif kind is float and value in SPECIAL and isinstance(value, str):
+    elif kind is float and isinstance(value, str) and value in SPECIAL:
         return SPECIAL[value]
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        if abs(value) <= sys.float_info.max:
+            return float(value)
     elif kind is object or (kind in (int, str, bool, NoneType) and type(value) is kind):
         return value
     raise ValueError(f"{where} must be {_named(kind)}, got {_short(value)}")

@@ -29,7 +29,7 @@ from .layers import Layer
 from .machine import Stopwatch, environment, peak_memory
 from .ops import Backend, Precision, uses_triton
 from .preset import PresetName, choose
-from .progress import Advance, progress_bar, solve_cost
+from .progress import Advance, layer_cost, progress_bar
 from .ranks import Ranks
 from .regularize import Moments, Trust
 from .regularize import choose as choose_trust
@@ -176,14 +176,11 @@ def quantize(
         model, batches, targets, batchnorm, bias_correction, drift, hessian_dtype,
         attention_mask, forward or feed, replay, ranks, deterministic, options,
     )  # fmt: skip
-    costs = {
-        name: solve_cost(*layers.matrix_shape(target.module)) for name, target in targets.items()
-    }
     stage = run.stopwatch.stage
-    with undisturbed(model), _restored_on_error(model), progress_bar(costs, progress) as advance:
+    with undisturbed(model), _restored_on_error(model):
         with stage("first forward pass"):
             run.observe()
-        with stage("second forward pass"):
+        with progress_bar(run.costs(), progress) as advance, stage("second forward pass"):
             run.solve_all(advance)
         if batchnorm == "reestimate":
             with stage("BatchNorm statistics"):
@@ -303,6 +300,7 @@ class _Run:
         self.repeats: dict[Station, int] = {}  # most visits in one forward pass
         self.before: dict[Station, ChannelMoments] = {}  # of the full-precision model
         self.follower: dict[str, str] = {}  # layer -> BatchNorm that its output goes straight into
+        self.outputs: dict[str, int] = {}  # layer -> numbers that it put out, in all batches
         # of the batch that the first pass runs; the last layer there and its output: an activation
         # in place leaves the same tensor, changed
         self._seen, self._inputs = Observed({}, {}, {}, {}), InputTracker()
@@ -366,6 +364,7 @@ class _Run:
         self._visit(("solve", name))
         if isinstance(output, Tensor):  # a subclass may return anything
             self._latest = (name, VersionedRef(output))
+            self.outputs[name] = self.outputs.get(name, 0) + output.numel()
 
     def _saw_norm(self, name: str, module: Layer, args: Any, kwargs: Any) -> None:
         station: Station = ("norm", name)
@@ -376,6 +375,16 @@ class _Run:
             self._seen.follower[layer] = name
         if inputs.numel() > 0:
             self._seen.moments.setdefault(station, []).append(BatchMoments.of(inputs))
+
+    def costs(self) -> dict[str, float]:
+        """What each layer takes, in proportion; a Hessian where it is its own."""
+        costs = {}
+        for name, target in self.targets.items():
+            groups, rows, columns = layers.matrix_shape(target.module)
+            own = [] if target.leader else target.twins
+            inputs = sum(self.outputs.get(twin, 0) for twin in own) // (groups * rows)
+            costs[name] = layer_cost(groups, rows, columns, inputs)
+        return costs
 
     def _sum_repeated(self) -> None:
         """Hessians of layers that run more than once per pass, before anything is changed."""

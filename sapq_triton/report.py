@@ -132,7 +132,8 @@ class LayerReport:
         """The notes, and what figures say that should not be overlooked."""
         found = list(self.notes)
         if self.dead_columns:
-            found.append(f"{self.dead_columns} columns never fired")
+            plural = "s" if self.dead_columns > 1 else ""
+            found.append(f"{self.dead_columns} column{plural} never fired")
         if self.fallbacks:
             found.append(f"{self.fallbacks} of {self.matrix[0]} problems rounded to nearest")
         if self.spec.sparsity:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from . import charts, page
-from .charts import Place, shown
+from .charts import NAMELESS, Place, shown
 from .page import Cell
 from .report import LayerReport, Report
 
@@ -126,8 +126,8 @@ def _anchor(number: int) -> str:
 
 HEADS = (
     "#", "layer", "kind", "weight", "bits", "group", "relative error", "rounded to nearest",
-    "ratio", "damping", "drift corr.", "rows", "dead cols.", "fall-backs", "size", "Hessian, s",
-    "solve, s",
+    "ratio", "damping", "drift corr.", "rows", "dead cols.", "fall-backs", "size", "Hessian (s)",
+    "solve (s)",
 )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def _table(report: Report) -> str:
         none = math.nan if x.nearest_ratio is None else x.nearest_ratio
         cells = (
             Cell(str(number + 1), number + 1),
-            Cell(x.name or "(the model itself)", link=_anchor(number)),
+            Cell(x.name or NAMELESS, link=_anchor(number)),
             Cell(x.kind),
             Cell("×".join(map(str, x.shape)), x.weights),
             Cell(str(x.spec.bits), x.spec.bits),
@@ -146,13 +146,13 @@ def _table(report: Report) -> str:
             Cell(page.quantity(x.nearest_relative_error), x.nearest_relative_error),
             Cell(page.ratio(x.nearest_ratio), none),
             Cell(f"{x.damp:g}", x.damp),
-            Cell(f"{x.drift_correction:.2g}", x.drift_correction),
+            Cell(f"{x.drift_correction:.2f}", x.drift_correction),
             Cell(f"{x.rows:,}", x.rows),
             Cell(str(x.dead_columns), x.dead_columns),
             Cell(str(x.fallbacks), x.fallbacks),
             Cell(page.size(x.bytes), x.bytes),
-            Cell(f"{x.seconds_hessian:.2f}", x.seconds_hessian),
-            Cell(f"{x.seconds_solve:.2f}", x.seconds_solve),
+            Cell(f"{x.seconds_hessian:.3f}", x.seconds_hessian),
+            Cell(f"{x.seconds_solve:.3f}", x.seconds_solve),
         )
         rows.append((cells, x.remarks))
     return page.table(HEADS, rows, name=1)
@@ -190,7 +190,7 @@ def _details(number: int, x: LayerReport) -> str:
     against = "" if x.nearest_ratio is None else f" · × {page.ratio(x.nearest_ratio)}"
     return (
         f'<details><summary><span class="soft">{number + 1}</span>'
-        f'<span class="grow"><bdi>{shown(x.name)}</bdi></span>'
+        f'<span class="grow"><bdi>{shown(x.name or NAMELESS)}</bdi></span>'
         f'<span class="soft">{shown("×".join(map(str, x.shape)))} · {x.spec.bits} bits · '
         f"{page.quantity(x.relative_error)}{against}</span></summary>"
         f'<div class="layer" id="{_anchor(number)}">'

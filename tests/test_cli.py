@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sapq_triton import load
+from sapq_triton import load, read_report
 from sapq_triton.cli import main
 from sapq_triton.language import draw_sequences
 from sapq_triton.packed import PackedWeight
@@ -67,8 +67,12 @@ def test_from_a_folder_to_a_folder(
         "tokenizer_config.json",
         "generation_config.json",
         "LICENSE.txt",
+        "report.json",
+        "report.html",
     }
     assert "README.md" not in names
+    manifest = json.loads((out / "sapq.json").read_text())
+    assert manifest["files"].keys() == names - {"sapq.json"}
 
     from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -98,6 +102,11 @@ def test_from_a_folder_to_a_folder(
     errors = {line.split()[0]: float(line.split()[-1]) for line in lines[1:-1]}
     assert errors.keys() == set(packed) and all(0 < error < 0.1 for error in errors.values())
     assert f"{format}, 14 layers" in lines[-1]
+    report = read_report(out)
+    assert {x.name: float(f"{x.relative_error:.3e}") for x in report.layers} == errors
+    assert report.options["model"] == "LlamaForCausalLM"
+    assert main(["report", str(out)]) == 0
+    assert str(report) in capsys.readouterr().out
 
     if format != "sapq":
         (out / "sapq.json").unlink()  # as a folder of another program

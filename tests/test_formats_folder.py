@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sapq_triton import QuantSpec, load, save
+from sapq_triton import QuantSpec, load, quantize, read_report, save
 from sapq_triton.formats import folder as folder_module
 from sapq_triton.formats import writer
+from sapq_triton.report_files import report_files
 from tests.tiny import Net, assert_same_state, packed_net, state
 
 ROOT = Path(__file__).parents[1]
@@ -124,6 +125,7 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 from sapq_triton import save
 from sapq_triton.formats import writer
+from sapq_triton.report_files import report_files
 from tests.tiny import packed_net
 from tests.test_formats_folder import SPEC
 
@@ -229,3 +231,22 @@ def test_without_the_extra_its_name_is_given(
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'sapq-triton\[hf\]'"):
         save(packed_net(SPEC), tmp_path / "net")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_report_lies_beside_the_model(tmp_path: Path) -> None:
+    model = Net(torch.float32)
+    options = dict(skip=["head"], pack=True, progress=False)
+    report = quantize(model, [torch.randn(9, 64)], QuantSpec(4, 32), **options)
+    for _ in range(2):  # it does not stand in the way of the next one
+        save(model, tmp_path / "net", report=report)
+    assert (tmp_path / "net" / "report.html").read_text() == report_files(report)["report.html"]
+    assert [x.name for x in read_report(tmp_path / "net").layers] == ["first", "second"]
+    load(tmp_path / "net", Net(torch.float32))
+    (tmp_path / "net" / "report.html").write_text("changed")
+    with pytest.raises(ValueError, match=r"report\.html has changed since it was saved"):
+        load(tmp_path / "net", Net(torch.float32))
+    other = tmp_path / "report.json"
+    other.write_text("{}")
+    with pytest.raises(ValueError, match=r"report\.json would take the place of a file"):
+        save(model, tmp_path / "new", report=report, files=[other])
+    assert not (tmp_path / "new").exists()

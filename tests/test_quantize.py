@@ -691,14 +691,6 @@ def test_gradients_still_flow_afterwards() -> None:
     assert all(p.requires_grad and p.grad is not None for p in model.parameters())
 
 
-def test_progress_bar(capfd: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("tqdm")
-    quantize_with_bar(mlp(6, 5, 4), [torch.randn(9, 6)], SPEC)
-    assert "2/2" in capfd.readouterr().err
-    quantize(mlp(6, 5, 4), [torch.randn(9, 6)], SPEC)
-    assert capfd.readouterr().err == ""
-
-
 def test_triton_backend(device: torch.device) -> None:
     """The kernels, on every kind of layer that they treat differently."""
     model = nn.Sequential(
