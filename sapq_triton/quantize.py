@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from . import layers, packed
 from .baseline import against_nearest
 from .calibrate import Action, ChannelMoments, Lockstep, Replay
+from .finite import check_finite, check_parts
 from .forward import Forward, feed, to_device, undisturbed
 from .hessian import HessianSum, drifted
 from .layers import Layer
@@ -300,6 +301,8 @@ class _Run:
 
     def observe(self) -> None:
         """First pass, of the untouched model: order of execution, repeats, shared inputs, means."""
+        for name in self.norms:
+            self._check_norm(name)
         inputs, hooks = InputTracker(), []
         for name in (twin for target in self.targets.values() for twin in target.twins):
             module = self.modules[name]
@@ -342,12 +345,20 @@ class _Run:
     def _saw_input(
         self, inputs: InputTracker, name: str, module: Layer, args: Any, kwargs: Any
     ) -> None:
-        inputs.add(name, layers.called_with(name, args, kwargs))
+        value = layers.called_with(name, args, kwargs)
+        self._check_values(name, module, value, "input")
+        inputs.add(name, value)
 
     def _saw_layer(self, name: str, module: Layer, args: Any, output: object) -> None:
         self._visit(("solve", name))
         if isinstance(output, Tensor):  # a subclass may return anything
+            self._check_values(name, module, output, "output")
             self._latest = (name, VersionedRef(output))
+
+    def _check_values(self, name: str, module: Layer, values: Tensor, which: str) -> None:
+        """Of the rows that count: padding tokens may hold anything."""
+        rows = layers.counted(module, values, self._pass.mask)
+        check_finite(rows, f"the {which} of {name!r}", f" during calibration, in {values.dtype}")
 
     def _saw_norm(self, name: str, module: Layer, args: Any, kwargs: Any) -> None:
         station: Station = ("norm", name)
@@ -496,13 +507,13 @@ class _Run:
 
     def _sum_rows(self, target: Target, call: Call) -> None:
         rows, window = layers.input_rows(target.module, call.inputs.detach(), call.mask)
-        if not rows.isfinite().all():  # of the rows that count: padding tokens may hold anything
-            raise ValueError(f"the input of {target.name!r} holds NaN or Inf during calibration")
+        check_finite(rows, f"the input of {target.name!r}", " during calibration")
         total = target.hessian_sum(self.hessian_dtype, self._drifts, call.held_out)
         total.add(rows, window, self.options["precision"], self.options["backend"])
         if total.drifts is not None and not target.repeated:
             if call.original is not None and call.original.shape == call.inputs.shape:
                 before, _ = layers.input_rows(target.module, call.original, call.mask)
+                check_finite(before, f"the input of {target.name!r} in the full-precision model")
                 total.add_drift(rows, before, window)
             elif OTHER_WAYS not in target.notes:
                 target.notes.append(OTHER_WAYS)
@@ -528,6 +539,7 @@ class _Run:
             lost = solution.weight.float() - quantized
             self._correct_biases(target, lost, solution.mean)
         layers.store_weight(target.module, quantized)
+        check_parts(target.module, target.name, ("weight", "bias"), ", once quantized")
         if solution.others:
             names = ", ".join(solution.others)
             apart = f"shares the Hessian of {names}, solved by itself"
@@ -568,6 +580,9 @@ class _Run:
         weights = [layers.weight_matrix(target.module) for target in targets]
         rows = [weight.shape[1] for weight in weights]
         spec, window = leader.spec, layers.window_size(leader.module)
+        for sums in (leader.total, leader.held_out):
+            if sums is not None:
+                sums.check(leader.name)
         trust = self._trust(leader, torch.cat(weights, 1))
         total = leader.hessian_sum(self.hessian_dtype, self._drifts)
         if leader.held_out is not None:
@@ -653,7 +668,12 @@ class _Run:
             shift = mean - old
             module.running_mean.copy_(mean)
             module.running_var *= ratio.to(module.running_var)
+            self._check_norm(name, ": so does its input, or its squares overflow float32")
         self.corrected[name] = float(shift.abs().max())
+
+    def _check_norm(self, name: str, hint: str = "") -> None:
+        parts = ("weight", "bias", "running_mean", "running_var")
+        check_parts(self.norms[name], name, parts, hint)
 
     def reestimate(self) -> None:
         """Reset the statistics of all BatchNorms in use and average them over the batches."""
@@ -671,6 +691,8 @@ class _Run:
                 norm.momentum, mean = old[name]
                 self.corrected[name] = float((norm.running_mean - mean).abs().max())
                 norm.eval()
+        for name in norms:
+            self._check_norm(name, " on the calibration data")
 
     def pack(self) -> None:
         """Codes in place of weights; all of them are made before the first layer is changed."""
@@ -691,6 +713,8 @@ class _Run:
     def _run_batch(self, batch: Any, number: int = 0, model: nn.Module | None = None) -> None:
         batch = to_device(batch, self.device)
         mask = batch.get(self.mask_key) if isinstance(batch, Mapping) and self.mask_key else None
+        if isinstance(mask, Tensor):
+            check_finite(mask, f"the {self.mask_key} of a batch", "; it must hold 0 and 1")
         self._pass.inputs, self._pass.number = {}, number
         self._pass.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self.forward(model or self.model, batch)

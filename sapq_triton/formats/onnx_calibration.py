@@ -220,6 +220,8 @@ def _prepare(name: str, wanted: Input, value: Array, mean: Any, std: Any) -> Arr
         value = (value.astype(np.float32) - center.reshape(view)) / spread.reshape(view)
     elif value.dtype.kind != dtype.kind:
         raise ValueError(f"input {name!r} must be {dtype}, got {value.dtype}")
-    if value.dtype.kind == "f" and not np.isfinite(value).all():
-        raise ValueError(f"input {name!r} holds NaN or Inf")
-    return value.astype(dtype)
+    with np.errstate(over="ignore"):  # of float64 beyond float32
+        value = value.astype(dtype)
+    if dtype.kind == "f" and not np.isfinite(value).all():
+        raise ValueError(f"input {name!r} holds NaN or Inf in {dtype}")
+    return value

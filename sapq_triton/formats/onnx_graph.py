@@ -342,12 +342,18 @@ def _fold(
     name, dtype = layer.input[1], getattr(graph.constant(norm.input[1]), "dtype", np.float32)
     gamma, beta, mean, variance, bias = _parameters(graph, layer, norm)
     epsilon: Any = attributes(norm).get("epsilon", 1e-5)
-    factor = gamma / np.sqrt(variance + epsilon)
-    weight = weights[name].times(along_channels(layer, factor, weights[name].values.shape))
+    with np.errstate(all="ignore"):  # what is not finite is refused below
+        factor = gamma / np.sqrt(variance + epsilon)
+        shift = (factor * (bias - mean) + beta).astype(dtype)
+        weight = weights[name].times(along_channels(layer, factor, weights[name].values.shape))
     if weight is None:
         return "gamma is negative where the layer has a weight of -128"
+    if not (
+        np.isfinite(factor).all() and np.isfinite(shift).all() and np.isfinite(weight.scale).all()
+    ):
+        return "its parameters make NaN or Inf of the weight or the bias"
     weights[name] = weight
-    set_parameter(graph, layer, 2, (factor * (bias - mean) + beta).astype(dtype))
+    set_parameter(graph, layer, 2, shift)
     layer.output[0] = norm.output[0]
     graph.remove(norm)
     return None
