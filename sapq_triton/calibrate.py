@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layers
+from .finite import check_finite
 from .hessian import HessianSum
 
 Action = Callable[[], None]
@@ -284,7 +285,9 @@ def collect_hessians(
         groups, _, columns = layers.weight_matrix(module).shape
         if name not in sums:
             sums[name] = HessianSum(groups, columns, inputs.device, dtype)
-        sums[name].add(*layers.input_rows(module, inputs))
+        rows, window = layers.input_rows(module, inputs)
+        check_finite(rows, f"the input of {name!r}")
+        sums[name].add(rows, window)
 
     found = layers.find_layers(model)
     hooks = [
@@ -297,4 +300,6 @@ def collect_hessians(
     finally:
         for hook in hooks:
             hook.remove()
+    for name, total in sums.items():
+        total.check(name)
     return {name: total.hessian() for name, total in sums.items()}

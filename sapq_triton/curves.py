@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import layers, scores
 from .allocate import ErrorCurves, LayerCurve
+from .finite import check_finite
 from .forward import Forward, feed, to_device, undisturbed
 from .hessian import HessianSum
 from .layers import Layer
@@ -214,8 +215,7 @@ def _input_sums(
     def before(name: str, module: Layer, args: Any, kwargs: Any) -> None:
         inputs = layers.called_with(name, args, kwargs)
         rows, window = layers.input_rows(module, inputs, mask)
-        if not rows.isfinite().all():
-            raise ValueError(f"the input of {name!r} holds NaN or Inf during calibration")
+        check_finite(rows, f"the input of {name!r}", " during calibration")
         if name not in sums:
             groups, _, columns = layers.matrix_shape(module)
             sums[name] = HessianSum(groups, columns, rows.device, dtype)
@@ -247,6 +247,8 @@ def _input_sums(
     finally:
         for hook in hooks:
             hook.remove()
+    for name, total in sums.items():
+        total.check(name)
     return {name: total for name, total in sums.items() if total.rows}, normed
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .finite import check_finite
 from .ops import Backend, Precision
 from .window import Window
 
@@ -72,6 +73,13 @@ class HessianSum:
         self.rows += other.rows
         if self.drifts is not None and other.drifts is not None:
             self.drifts += other.drifts
+
+    def check(self, name: str) -> None:
+        """ValueError that names the layer whose inputs these are, where a sum is not finite."""
+        kind = str(self.total.dtype).removeprefix("torch.")
+        hint = f": one of its inputs does, or is so large that sums of squares overflow {kind}"
+        for total in (self.total, self.sums, *(() if self.drifts is None else (self.drifts,))):
+            check_finite(total, f"the Hessian of {name!r}", hint)
 
     def mean(self) -> Tensor:
         """The mean row, [groups, C]; all zero where no row was seen."""

@@ -111,9 +111,8 @@ def input_rows(
 
     mask: bool of the leading shape of a linear layer's input; rows where it is False are left out.
     """
-    if kind(module) in ("Linear", "Conv1D") or isinstance(module, nn.Linear):
-        fits = mask is not None and mask.shape == inputs.shape[:-1]
-        return (inputs[mask] if fits else inputs.reshape(-1, inputs.shape[-1])), None
+    if is_linear(module):
+        return counted(module, inputs, mask).reshape(-1, inputs.shape[-1]), None
     axes = len(module.kernel_size)
     if inputs.ndim == axes + 1:  # an image without a batch axis
         inputs = inputs[None]
@@ -126,6 +125,16 @@ def input_rows(
     )
     unused = (1,) * (3 - axes)
     return inputs.reshape(*inputs.shape[:2], *unused, *inputs.shape[2:]), window
+
+
+def is_linear(module: Layer) -> bool:
+    return kind(module) in ("Linear", "Conv1D") or isinstance(module, nn.Linear)
+
+
+def counted(module: Layer, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Inputs or outputs of a layer without those of tokens that a mask leaves out."""
+    fits = mask is not None and is_linear(module) and mask.shape == values.shape[:-1]
+    return values[mask] if fits else values
 
 
 def row_geometry(module: Layer) -> tuple[object, ...]:

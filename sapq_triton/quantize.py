@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from . import layers, packed
 from .baseline import against_nearest
 from .calibrate import Action, BatchMoments, ChannelMoments, Lockstep, Place, Replay
+from .finite import check_finite, check_parts
 from .forward import Forward, feed, to_device, undisturbed
 from .hessian import HessianSum, drifted
 from .layers import Layer
@@ -315,6 +316,8 @@ class _Run:
 
     def observe(self) -> None:
         """First pass, of the untouched model: order of execution, repeats, shared inputs, means."""
+        for name in self.norms:
+            self._check_norm(name)
         hooks = []
         for name in (twin for target in self.targets.values() for twin in target.twins):
             module = self.modules[name]
@@ -358,13 +361,21 @@ class _Run:
         self._seen.visits[station] = self._seen.visits.get(station, 0) + 1
 
     def _saw_input(self, name: str, module: Layer, args: Any, kwargs: Any) -> None:
-        self._inputs.add(name, layers.called_with(name, args, kwargs))
+        value = layers.called_with(name, args, kwargs)
+        self._check_values(name, module, value, "input")
+        self._inputs.add(name, value)
 
     def _saw_layer(self, name: str, module: Layer, args: Any, output: object) -> None:
         self._visit(("solve", name))
         if isinstance(output, Tensor):  # a subclass may return anything
+            self._check_values(name, module, output, "output")
             self._latest = (name, VersionedRef(output))
             self.outputs[name] = self.outputs.get(name, 0) + output.numel()
+
+    def _check_values(self, name: str, module: Layer, values: Tensor, which: str) -> None:
+        """Of the rows that count: padding tokens may hold anything."""
+        rows = layers.counted(module, values, self._pass.mask)
+        check_finite(rows, f"the {which} of {name!r}", f" during calibration, in {values.dtype}")
 
     def _saw_norm(self, name: str, module: Layer, args: Any, kwargs: Any) -> None:
         station: Station = ("norm", name)
@@ -535,8 +546,7 @@ class _Run:
 
     def _sum_rows(self, target: Target, call: Call) -> None:
         rows, window = layers.input_rows(target.module, call.inputs.detach(), call.mask)
-        if not rows.isfinite().all():  # of the rows that count: padding tokens may hold anything
-            raise ValueError(f"the input of {target.name!r} holds NaN or Inf during calibration")
+        check_finite(rows, f"the input of {target.name!r}", " during calibration")
         sums = target.sums[call.batch in self.held_out]
         key = call.batch if self.deterministic else self.ranks.rank
         if key not in sums:
@@ -546,6 +556,7 @@ class _Run:
         if total.drifts is not None and not target.repeated:
             if call.original is not None and call.original.shape == call.inputs.shape:
                 before, _ = layers.input_rows(target.module, call.original, call.mask)
+                check_finite(before, f"the input of {target.name!r} in the full-precision model")
                 total.add_drift(rows, before, window)
             elif OTHER_WAYS not in target.notes:
                 target.notes.append(OTHER_WAYS)
@@ -581,6 +592,7 @@ class _Run:
             lost = solution.weight.float() - quantized
             self._correct_biases(target, lost, solution.mean)
         layers.store_weight(target.module, quantized)
+        check_parts(target.module, target.name, ("weight", "bias"), ", once quantized")
         if solution.others:
             names = ", ".join(solution.others)
             apart = f"shares the Hessian of {names}, solved by itself"
@@ -623,6 +635,8 @@ class _Run:
         spec, window = leader.spec, layers.window_size(leader.module)
         empty = partial(leader.empty_sum, self.hessian_dtype, self._drifts)
         total, held_out = (self.ranks.sum(leader.sums[which], empty()) for which in (False, True))
+        for sums in (total, held_out):
+            sums.check(leader.name)
         trust = self._trust(leader, torch.cat(weights, 1), total, held_out)
         if held_out.rows:
             total.merge(held_out)
@@ -710,7 +724,12 @@ class _Run:
             shift = mean - old
             module.running_mean.copy_(mean)
             module.running_var *= ratio.to(module.running_var)
+            self._check_norm(name, ": so does its input, or its squares overflow float32")
         self.corrected[name] = float(shift.abs().max())
+
+    def _check_norm(self, name: str, hint: str = "") -> None:
+        parts = ("weight", "bias", "running_mean", "running_var")
+        check_parts(self.norms[name], name, parts, hint)
 
     def reestimate(self) -> None:
         """Reset the statistics of all BatchNorms in use and average them over the batches."""
@@ -728,6 +747,8 @@ class _Run:
                 norm.momentum, mean = old[name]
                 self.corrected[name] = float((norm.running_mean - mean).abs().max())
                 norm.eval()
+        for name in norms:
+            self._check_norm(name, " on the calibration data")
 
     def pack(self) -> None:
         """Codes in place of weights; all of them are made before the first layer is changed."""
@@ -748,6 +769,8 @@ class _Run:
     def _run_batch(self, batch: Any, number: int = 0, model: nn.Module | None = None) -> None:
         batch = to_device(batch, self.device)
         mask = batch.get(self.mask_key) if isinstance(batch, Mapping) and self.mask_key else None
+        if isinstance(mask, Tensor):
+            check_finite(mask, f"the {self.mask_key} of a batch", "; it must hold 0 and 1")
         self._pass.inputs, self._pass.number = {}, number
         self._pass.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self.forward(model or self.model, batch)

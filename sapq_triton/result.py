@@ -113,4 +113,7 @@ def row_errors(weight: Tensor, hessian: Tensor, quantized: Tensor | None = None)
         error = weight[rows] if quantized is None else weight[rows] - quantized[rows]
         error = error.to(hessian.dtype)
         parts.append((error @ hessian).mul_(error).sum(-1, dtype=torch.float64))
-    return torch.cat(parts, -1)
+    errors = torch.cat(parts, -1)
+    if hessian.dtype == torch.float64 or errors.isfinite().all():
+        return errors
+    return row_errors(weight, hessian.double(), quantized)  # products beyond float32

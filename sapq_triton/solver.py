@@ -41,6 +41,7 @@ from .tile import bring_both_forward, bring_forward, to_front
 DAMP_LADDER = (10.0, 100.0, 1000.0, 10000.0)
 SMALLEST_RETRY = 1e-4  # what a retry multiplies where `damp` is smaller
 MAX_CANDIDATES = 12
+MODERATE = 40  # the exponent of the largest H_cc: beyond it, products may leave float32
 STRETCH = 0.06  # between two candidates for a scale: 1, 0.94, 1.06, 0.88, ... of the searched one
 
 
@@ -124,7 +125,7 @@ def solve(
     h = (h if h.dtype == torch.float64 else h.float()).reshape(-1, columns, columns)
     # problems that share a Hessian are one problem with more rows
     w = weight.detach().float().reshape(len(h), -1, columns)
-    revived, dead = revive(h)
+    revived, dead = revive(_moderate(h))
     given = scale is not None
     if spec.scale_search == "absmax" or order == "nearest" or given or spec.share:
         candidates = 1
@@ -244,6 +245,19 @@ def _skew(matrix: Tensor) -> Tensor:
         for number, i in enumerate(blocks)
         for j in blocks[: number + 1]
     ]).amax()  # fmt: skip
+
+
+def _moderate(hessian: Tensor) -> Tensor:
+    """H times a power of two, where H^-1 or products with it would leave the range of float32.
+
+    No bit of the codes depends on such a factor. [B, C, C]  ->  itself or a copy
+    """
+    exponent = torch.frexp(hessian.diagonal(dim1=1, dim2=2).amax(1)).exponent
+    extreme = exponent.abs() > MODERATE
+    if not extreme.any():
+        return hessian
+    factor = torch.where(extreme, -exponent.double(), 0).clamp(-1000, 1000).exp2()
+    return (hessian.double() * factor[:, None, None]).to(hessian)
 
 
 def _finite(matrix: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import layers
 from .baseline import Baseline
 from .calibrate import BatchMoments
+from .finite import check_parts
 from .hessian import HessianSum
 from .layers import Layer
 from .result import SolveResult
@@ -128,8 +129,7 @@ def find_targets(
         if others or len({str(module) for module in map(found.get, twins)}) > 1:
             skipped[name] = f"its weight is shared with {others or twins[1:]}"
             continue
-        if not module.weight.isfinite().all():
-            raise ValueError(f"the weight of {name!r} holds NaN or Inf")
+        check_parts(module, name, ("weight", "bias"))
         matching = [s for pattern, s in overrides.items() if fnmatch.fnmatchcase(name, pattern)]
         target = Target(name, module, str(layers.kind(module)), [spec, *matching][-1], twins)
         columns = layers.weight_matrix(module).shape[2]

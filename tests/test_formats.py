@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sapq_triton import QuantSpec, load, save
 from sapq_triton.formats import FORMATS
+from sapq_triton.formats.folder import sha256, write_manifest
 from tests.tiny import (
     COLUMNS,
     ROWS,
@@ -485,7 +486,7 @@ PACKED_OPTIONS = [
     (weights(strategy="tensor"), "'first' has strategy 'tensor'"),
     (weights(actorder="group"), "'first' has actorder 'group'"),
     (weights(dynamic=True), "'first' has dynamic True"),
-    (weights(num_bits=5), r"'first\.weight_zero_point' must be \[15, 2\], got \[12, 2\]"),
+    (weights(num_bits=5), r"'first\.weight_packed' must be \[96, 10\], got \[96, 8\]"),
     (weights(strategy="channel"), r"'first\.weight_zero_point' must be \[12, 1\], got \[12, 2\]"),
     (group(input_activations={"num_bits": 8}), r"quantizes activations \(input_activations\)"),
     (group(format="int-quantized"), "'first' has format 'int-quantized'; only 'pack-quantized'"),
@@ -663,23 +664,120 @@ def test_manifests_that_cannot_be_read(tmp_path: Path) -> None:
     manifest = json.loads(path.read_text())
 
     def refused(message: str, **changes: Any) -> None:
-        path.write_text(json.dumps({**manifest, **changes}))
+        write_manifest(folder, {**manifest, **changes})
         refused_unchanged(folder, message)
 
     refused("has version 2; this program reads 1", version=2)
     refused("format must be one of", format="zip")
     refused("must list its files, got None", files=None)
+    refused("must list its files, got", files={**manifest["files"], "more": 1})
+    refused("must list files of this folder, got '../x'", files={"../x": "", **manifest["files"]})
+    refused(r"config\.json has no checksum in sapq\.json", files={})
+    refused(
+        r"model\.safetensors has no checksum in sapq\.json",
+        files={**manifest["files"], "model.safetensors": None},
+    )
     refused("has no quantized layer", layers={})
     refused("sapq options are damaged: KeyError", layers={"first": {}})
     first = manifest["layers"]["first"]
     moved = {"first": {**first, "spec": {**first["spec"], "bits": 8}}}
     refused(r"'first\.qweight' must be \[96, 16\], got \[96, 8\]", layers=moved)
+    refused("must be a number, got 'low'", layers={"first": {**first, "relative_error": "low"}})
+    refused("'first' must have a kind, got 7", layers={"first": {**first, "kind": 7}})
+    for changes in ({"rows": 95}, {"rows": "96"}, {"columns": 10**15}, {"shape": [-96, -64]}):
+        refused("'first' cannot have a weight of", layers={"first": {**first, **changes}})
+    huge = {"rows": 1, "columns": 10**15, "shape": [1, 10**15]}  # whose divisors nobody counts
+    refused(r"'first\.qweight' must be \[1, ", layers={"first": {**first, **huge}})
     moved = {"first": {**first, "kind": "Conv1d"}}
     refused(r"'first' is a Conv1d of \[96, 64\], in the model a Linear of \[96, 64\]", layers=moved)
     path.write_text("[]")
     refused_unchanged(folder, r"sapq\.json must hold a JSON object, got list")
     path.unlink()
     refused_unchanged(folder, "format must be one of|has no quantized layer|damaged")
+
+
+def test_a_change_of_the_manifest_is_found(tmp_path: Path) -> None:
+    """Three bits in place of four fill the same words of so few columns."""
+    model = nn.Sequential(nn.Linear(8, 32))
+    pack_randomly(model[0], QuantSpec(3, symmetric=True))
+    save(model, tmp_path / "net")
+    path = tmp_path / "net" / "sapq.json"
+    content = path.read_text()
+    for old, new in (
+        ('"bits": 3', '"bits": 4'), ('"format": "sapq"', '"format": "gptq"'), ('"sha256"', '"sha"'),
+        ('"symmetric": true', '"symmetric": false'), ('"writer"', '"Writer"'),
+    ):  # fmt: skip
+        assert content.count(old) == 1
+        path.write_text(content.replace(old, new))
+        with pytest.raises(ValueError, match=r"sapq\.json has changed since it was saved"):
+            load(tmp_path / "net", nn.Sequential(nn.Linear(8, 32)))
+    path.write_text(json.dumps(json.loads(content), indent=4, sort_keys=True))
+    load(tmp_path / "net", nn.Sequential(nn.Linear(8, 32)))
+
+
+def test_a_file_that_no_save_wrote_is_not_read(tmp_path: Path) -> None:
+    save(llama_with_codes(), tmp_path / "net")
+    (tmp_path / "net" / "generation_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"generation_config\.json has no checksum"):
+        load(tmp_path / "net")
+
+
+def test_json_that_no_parser_ends(gptq: Path) -> None:
+    for text in ("[" * 100_000, '{"a":' * 100_000, '{"quantization_config": ' + "[" * 100_000):
+        (gptq / "config.json").write_text(text)
+        (gptq / "sapq.json").unlink(missing_ok=True)
+        refused_unchanged(gptq, r"config\.json cannot be read as JSON: maximum recursion depth")
+
+
+@pytest.mark.parametrize("content", [[], "gptq", 1.5, None])
+def test_a_configuration_that_is_no_object(gptq: Path, content: object) -> None:
+    (gptq / "sapq.json").unlink()
+    (gptq / "config.json").write_text(json.dumps({"quantization_config": content}))
+    refused_unchanged(gptq, r"config\.json: quantization_config is no object")
+
+
+def test_patterns_that_are_none(gptq: Path, packed: Path) -> None:
+    edit_config(gptq, lambda config: config.update(dynamic={"+:(": {"bits": 4}}))
+    refused_unchanged(gptq, r"options are damaged: .*missing \), unterminated")
+    edit_config(packed, group(targets=["re:(", "Linear"]))
+    refused_unchanged(packed, r"options are damaged: .*missing \), unterminated")
+
+
+def test_shapes_that_no_file_of_this_size_holds(packed: Path) -> None:
+    for shape in ([96, 2**62], [2**31, 64], [0, 64], [-96, -64]):
+        edit_tensors(packed, lambda t, s=shape: t.update({"first.weight_shape": torch.tensor(s)}))
+        refused_unchanged(packed, "'first' cannot have|'first.weight_packed' must be")
+
+
+def test_a_group_index_without_an_axis(gptq: Path) -> None:
+    edit_tensors(gptq, lambda tensors: tensors.update({"first.g_idx": torch.tensor(1)}))
+    refused_unchanged(gptq, r"'first\.g_idx' must have 1 axis")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_hidden_layers": 10**9}, "has 1000000000 layers, more than there are tensors"),
+        ({"hidden_size": 2**20}, "weights, and the files hold"),
+        ({"hidden_size": None}, "describes no model that transformers can build: .*hidden_size"),
+        ({"hidden_act": "SILU"}, "describes no model that transformers can build: KeyError"),
+        ({"architectures": [[]]}, "names architecture"),
+    ],
+)
+def test_configurations_of_others(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    save(llama_with_codes(), tmp_path / "net", "gptq")
+    config = json.loads((tmp_path / "net" / "config.json").read_text())
+    (tmp_path / "net" / "config.json").write_text(json.dumps({**config, **changes}))
+    (tmp_path / "net" / "sapq.json").unlink()
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "net")
+
+
+def llama_with_codes() -> nn.Module:
+    model = llama(num_hidden_layers=1)
+    pack_randomly(model.model.layers[0].mlp.up_proj, W4)
+    del model.generation_config
+    return model
 
 
 def test_models_that_do_not_fit(gptq: Path, tmp_path: Path) -> None:
@@ -713,9 +811,7 @@ def test_architectures_that_transformers_does_not_have(tmp_path: Path) -> None:
         config = json.loads(path.read_text())
         path.write_text(json.dumps({**config, "architectures": [name]}))
         manifest = json.loads((tmp_path / "llama" / "sapq.json").read_text())
-        del manifest["files"]["config.json"]
-        (tmp_path / "llama" / "sapq.json").write_text(json.dumps(manifest))
+        manifest["files"]["config.json"] = sha256(path)
+        write_manifest(tmp_path / "llama", manifest)
         with pytest.raises(ValueError, match=f"names architecture '{name}', which transformers"):
             load(tmp_path / "llama")
-        manifest["files"]["config.json"] = ""
-        (tmp_path / "llama" / "sapq.json").write_text(json.dumps(manifest))

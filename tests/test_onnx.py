@@ -20,7 +20,12 @@ from sapq_triton.cli import main
 from sapq_triton.formats import onnx as onnx_format
 from sapq_triton.formats.onnx import export_onnx, exported_graph, inspect_onnx, read_model
 from sapq_triton.formats.onnx_activations import grid
-from sapq_triton.formats.onnx_graph import Graph, make_gammas_positive
+from sapq_triton.formats.onnx_graph import (
+    Graph,
+    IntegerWeight,
+    fold_batchnorm,
+    make_gammas_positive,
+)
 from sapq_triton.formats.onnx_module import OnnxModule, session
 from sapq_triton.layers import as_weight
 from sapq_triton.models.efficientnet_lite import load_efficientnet_lite0, preprocess
@@ -626,3 +631,114 @@ def test_codebooks_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         export_onnx(model, torch.randn(1, 6), tmp_path / "a.onnx", report=report)
     assert not (tmp_path / "a.onnx").exists()
+
+
+# files that are damaged
+
+
+def edited(path: Path, change: Callable[[onnx.ModelProto], object]) -> None:
+    model = onnx.load(path)
+    change(model)
+    path.write_bytes(model.SerializeToString())
+
+
+def parameter(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
+    return next(tensor for tensor in model.graph.initializer if tensor.name == name)
+
+
+def initializer(name: str, **fields: Any) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        tensor = parameter(model, name)
+        for field, value in fields.items():
+            if field == "dims":
+                del tensor.dims[:]
+                tensor.dims.extend(value)
+            else:
+                setattr(tensor, field, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (initializer("stem", data_type=128), "cannot run|no valid ONNX model|cannot be read"),
+        (initializer("stem", dims=[8, 27]), "onnxruntime cannot run .*|no valid"),
+        (initializer("fc_bias", dims=[5, 1]), "onnxruntime cannot run"),
+        (initializer("s_gamma", dims=[8, 1]), "onnxruntime cannot run"),
+        (initializer("stem", raw_data=b"123"), "cannot run|cannot be read|no valid"),
+        (lambda m: m.graph.node[1].attribute[0].ints.append(-7), "cannot run|no valid"),
+        (lambda m: setattr(m.opset_import[0], "version", 10**6), "cannot run|no valid"),
+    ],
+)
+def test_models_that_onnxruntime_refuses(
+    source: Path, tmp_path: Path, change: Callable[[onnx.ModelProto], object], message: str
+) -> None:
+    edited(source, change)
+    with pytest.raises(ValueError, match=message):
+        quantize_onnx(source, IMAGES, QuantSpec(4, symmetric=True), tmp_path / "q.onnx")
+    assert not (tmp_path / "q.onnx").exists()
+
+
+def test_names_that_are_not_utf8(source: Path, tmp_path: Path) -> None:
+    source.write_bytes(source.read_bytes().replace(b"stem.conv", b"stem\xff\xfeconv"[:9]))
+    with pytest.raises(ValueError, match=r"not UTF-8|no ONNX model|no valid ONNX model"):
+        read_model(source)
+    model = cnn()
+    data = model.SerializeToString().replace(b"relu1", b"relu\xff")
+    source.write_bytes(data)
+    with pytest.raises(ValueError, match=r"not UTF-8|no ONNX model|no valid ONNX model"):
+        quantize_onnx(source, IMAGES, QuantSpec(4, symmetric=True), tmp_path / "q.onnx")
+
+
+def test_operators_that_onnx_cannot_convert(source: Path, tmp_path: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.opset_import[0].version = 9
+        parameter(model, "s_gamma").data_type = 128
+
+    edited(source, change)
+    with pytest.raises(ValueError, match=r"cannot convert it|no valid ONNX model"):
+        quantize_onnx(source, IMAGES, QuantSpec(4, symmetric=True), tmp_path / "q.onnx")
+
+
+def test_a_zero_point_that_was_changed(source: Path, tmp_path: Path) -> None:
+    """It is no part of the digest: the integers and scales stay what they were."""
+    path = tmp_path / "q.onnx"
+    quantize_onnx(source, IMAGES, QuantSpec(4, symmetric=True), path)
+    zeros = next(x.name for x in onnx.load(path).graph.initializer if "zero_point" in x.name)
+    shape = numpy_helper.to_array(parameter(onnx.load(path), zeros)).shape
+    ones = numpy_helper.from_array(np.ones(shape, np.int8), zeros)
+    edited(path, lambda model: parameter(model, zeros).CopyFrom(ones))
+    with pytest.raises(ValueError, match=r"the zero points of .* are not 0"):
+        inspect_onnx(path)
+
+
+@pytest.mark.parametrize("bits", [2, 1, 9, -4])
+def test_bits_that_do_not_reach_the_integers(source: Path, tmp_path: Path, bits: int) -> None:
+    path = tmp_path / "q.onnx"
+    quantize_onnx(source, IMAGES, QuantSpec(6, symmetric=True), path)
+
+    def change(model: onnx.ModelProto) -> None:
+        about = json.loads(model.metadata_props[-1].value)
+        about["bits"] = dict.fromkeys(about["bits"], bits)
+        model.metadata_props[-1].value = json.dumps(about)
+
+    edited(path, change)
+    with pytest.raises(ValueError, match=f"which {bits} bits do not reach"):
+        inspect_onnx(path)
+
+
+@pytest.mark.parametrize("part, value", [("var", -1.0), ("gamma", 3e38), ("var", 1e-45)])
+def test_a_batchnorm_that_cannot_be_folded_stays(part: str, value: float) -> None:
+    model = cnn()
+    (name,) = {x.name for x in model.graph.initializer if x.name == f"s_{part}"}
+    bad = numpy_helper.from_array(np.full(8, value, np.float32), name)
+    parameter(model, name).CopyFrom(bad)
+    if value == 1e-45:  # an epsilon of 0 alone makes this one infinite
+        norm = next(node for node in model.graph.node if node.op_type == "BatchNormalization")
+        norm.attribute.append(helper.make_attribute("epsilon", 0.0))
+    graph, weight = Graph(model), IntegerWeight(
+        np.ones((8, 3, 3, 3), np.int8), np.full(8, 1e30, np.float32), 0
+    )  # fmt: skip
+    kept = fold_batchnorm(graph, {"stem": weight})
+    assert kept == {"s.norm": "its parameters make NaN or Inf of the weight or the bias"}

@@ -1,5 +1,7 @@
 """Calibration inputs from arrays, files and folders of images."""
 
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +129,83 @@ def test_folder_of_images(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused(images: Any, options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         calibration_batches(ANY, images, **options)
+
+
+def refused(path: Path, message: str, graph: onnx.ModelProto = ANY) -> None:
+    with pytest.raises(ValueError, match=message):
+        calibration_batches(graph, path)
+
+
+def npy(shape: str, descr: str = "<f4", data: bytes = bytes(48), version: int = 1) -> bytes:
+    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY" + bytes([version, 0]) + len(header).to_bytes(2, "little") + (
+        header.encode() + data
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (npy("(1, 3, 2, 2000000000000)"), "is larger than the file"),
+        (npy("(4294967296, 4294967296)"), "is larger than the file"),
+        (npy("(-1, -3, 2, 2)"), "is larger than the file"),
+        (npy("(1, 3, 2, 1)"), "24 bytes for an array .*, or more"),
+        (npy("(1, 3, 2, 2)", data=bytes(40)), "is larger than the file|40 bytes for an array"),
+        (npy("(1, 3, 2, 2)", "|O"), "an array of object; legal are numbers"),
+        (npy("(1, 3, 2, 2)", "<U1"), "legal are numbers"),
+        (npy("(1, 3, 2, 2)", version=3), "version .* is for arrays of records"),
+        (npy("(1, 3, 2, 2) + ("), "holds no NumPy arrays"),  # a tokenize.TokenError
+        (npy("('a', 1)"), "holds no NumPy arrays"),
+        (b"", "holds no NumPy arrays"),
+        (b"PK\3\4", "holds no NumPy arrays: File is not a zip file"),
+    ],
+)
+def test_damaged_arrays(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.npy").write_bytes(content)
+    refused(tmp_path / "x.npy", message)
+
+
+def test_arrays_of_either_order_and_other_processors(tmp_path: Path) -> None:
+    for number, array in enumerate((np.asfortranarray(FLOATS), FLOATS.astype(">f4"), FLOATS)):
+        np.save(tmp_path / f"{number}.npy", array)
+        (found,) = calibration_batches(ANY, tmp_path / f"{number}.npy")
+        assert np.array_equal(found["x"], FLOATS) and found["x"].flags.writeable
+
+
+def test_archives_that_are_damaged_or_bombs(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, x=FLOATS)
+    (found,) = calibration_batches(ANY, path)
+    assert np.array_equal(found["x"], FLOATS)
+    np.savez(path, x=FLOATS)
+    content = bytearray(path.read_bytes())
+    content[400] ^= 1
+    path.write_bytes(content)
+    refused(path, "Bad CRC-32 for file 'x.npy'")
+    path.write_bytes(content[:-4])
+    refused(path, "holds no NumPy arrays")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("x.npy", npy("(1000, 3, 1, 1)", data=bytes(12000)))
+    refused(path, "'x.npy' is packed in a way that NumPy does not write")
+
+
+def test_images_that_are_damaged_or_bombs(tmp_path: Path) -> None:
+    path, graph = tmp_path / "x.png", model(None, 3, 4, 4)
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-30])
+    refused(tmp_path, r"x\.png is no image that can be read", graph)
+    path.write_bytes(content[:40] + b"\1" + content[41:])  # SyntaxError in its library
+    refused(tmp_path, r"x\.png is no image that can be read", graph)
+    header = b"IHDR" + (12000).to_bytes(4, "big") * 2 + content[24:29]
+    chunk = header + zlib.crc32(header).to_bytes(4, "big")
+    path.write_bytes(content[:12] + chunk + content[33:])
+    refused(tmp_path, "could be decompression bomb", graph)
+    Image.fromarray(np.zeros((1, 65, 3), np.uint8)).save(path)  # 4 x 260 of it would be resized
+    refused(tmp_path, r"x\.png: \(65, 1\) pixels; one side is more than 64 others", graph)
+
+
+def test_inputs_of_no_type(tmp_path: Path) -> None:
+    for number in (0, 99, -1):
+        with pytest.raises(ValueError, match="input 'x' is no tensor of a type that ONNX has"):
+            calibration_batches(model(None, 3, None, None, dtype=number), FLOATS)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import layers, ops
+from ..finite import check_finite
 from ..ops import Backend, Precision
 from ..result import SolveReport
 from ..solver import solve
@@ -46,8 +47,10 @@ class LayerProblem:
     def _add(self, inputs: Tensor, samples: int) -> None:
         hessian = self._hessian()
         rows, window = layers.input_rows(self.layer, inputs.to(self.dev))
+        check_finite(rows, f"the input of this {type(self.layer).__name__}")
         added = torch.zeros_like(hessian)
         ops.accumulate_hessian(added, rows, window)
+        check_finite(added, f"X^T X of this {type(self.layer).__name__}", ": its inputs are large")
         added += added.tril(-1).mT - added.triu(1)
         total = self.nsamples + samples
         hessian.mul_(self.nsamples / total).add_(added, alpha=2 / total)
@@ -61,9 +64,14 @@ class LayerProblem:
 
     def _weight(self) -> Tensor:
         """float32 [groups, rows / groups, columns], a copy"""
+        check_finite(self.layer.weight, f"the weight of this {type(self.layer).__name__}")
         return layers.weight_matrix(self.layer).to(torch.float32, copy=True)
 
     def _store(self, matrix: Tensor) -> None:
+        check_finite(
+            matrix.to(self.layer.weight.dtype),
+            f"the quantized weight of this {type(self.layer).__name__}",
+        )
         layers.store_weight(self.layer, matrix)
 
     def free(self) -> None:

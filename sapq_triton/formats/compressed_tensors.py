@@ -23,7 +23,14 @@ from ..packed import PackedWeight
 from ..packing import pack, unpack, words
 from ..spec import QuantSpec
 from .folder import Tensors
-from .layer import Outline, check_group_order, names_with, scale_dtype, take_scale
+from .layer import (
+    Outline,
+    check_group_order,
+    check_packed_shape,
+    names_with,
+    scale_dtype,
+    take_scale,
+)
 
 FORMAT = "pack-quantized"
 VERSION = "0.20.0"  # of compressed-tensors, whose configuration this is
@@ -113,7 +120,9 @@ class CompressedTensors:
             spec = _spec(_scheme(config, name), name, scale_dtype(tensors, scale))
             shape = tensors.take(f"{name}.weight_shape", (2,), (torch.int64, torch.int32))
             rows, columns = shape.tolist()
-            found.append(Outline(name, "Linear", (rows, columns), rows, columns, spec))
+            layer = Outline(name, "Linear", (rows, columns), rows, columns, spec)
+            check_packed_shape(tensors, f"{name}.weight_packed", layer)
+            found.append(layer)
         return found
 
     def decode(self, tensors: Tensors, layer: Outline) -> dict[str, Tensor | None]:

@@ -28,6 +28,8 @@ MANIFEST = "sapq.json"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+OLD_CONFIG = "quantize_config.json"  # that older programs wrote for GPTQ
+GENERATION = "generation_config.json"
 MANIFEST_VERSION = 1
 RENAME_EXCHANGE = 2  # linux/fs.h
 
@@ -161,7 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """ValueError for what is not a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
@@ -174,14 +176,40 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     manifest = read_json(path)
-    if manifest.get("version") != MANIFEST_VERSION:
-        raise ValueError(
-            f"{path} has version {manifest.get('version')!r}; this program reads {MANIFEST_VERSION}"
-        )
-    for key in ("files", "tensors", "layers"):
-        if not isinstance(manifest.get(key), dict):
-            raise ValueError(f"{path} must list its {key}, got {manifest.get(key)!r}")
+    version, checksum = manifest.get("version"), manifest.pop("sha256", None)
+    if version != MANIFEST_VERSION:
+        raise ValueError(f"{path} has version {version!r}; this program reads {MANIFEST_VERSION}")
+    if checksum != _manifest_sha256(manifest):
+        raise ValueError(f"{path} has changed since it was saved (sha256)")
+    kinds: dict[str, Any] = {"files": str | None, "tensors": str, "layers": dict}
+    for key, kind in kinds.items():
+        listed = manifest.get(key)
+        if not isinstance(listed, dict) or not all(isinstance(x, kind) for x in listed.values()):
+            raise ValueError(f"{path} must list its {key}, got {listed!r}")
+    for file in manifest["files"]:
+        if not is_plain(file):
+            raise ValueError(f"{path} must list files of this folder, got {file!r}")
+    for name, layer in manifest["layers"].items():
+        error = layer.get("relative_error", 0.0)
+        if isinstance(error, bool) or not isinstance(error, int | float):
+            raise ValueError(f"{path}: the error of {name!r} must be a number, got {error!r}")
     return manifest
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """With a checksum of its own."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    write_json(folder / MANIFEST, {**content, "sha256": _manifest_sha256(content)})
+
+
+def _manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    """Of all that a manifest says, whatever its order."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def is_plain(name: str) -> bool:
+    """Whether this is the name of a file in a folder, and no way out of it."""
+    return Path(name).name == name and "\0" not in name and name not in ("", "..")
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str) -> None:
@@ -277,6 +305,11 @@ class Tensors:
 
         A file without a checksum is only listed.
         """
+        sums = {file for file, digest in manifest.get("files", {}).items() if digest is not None}
+        read = {*self.files.values(), CONFIG, INDEX, OLD_CONFIG, GENERATION}
+        for file in sorted(read - sums) if manifest else ():
+            if (self.folder / file).exists():
+                raise ValueError(f"{self.folder / file} has no checksum in {MANIFEST}")
         for file, digest in manifest.get("files", {}).items():
             path = self.folder / file
             if not path.is_file():
@@ -305,7 +338,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not isinstance(promised, dict) or not promised:
         raise ValueError(f"{folder / INDEX} has no weight_map")
     for name, file in promised.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or not is_plain(file):
             raise ValueError(
                 f"{folder / INDEX}: {name!r} must lie in a file of this folder, got {file!r}"
             )

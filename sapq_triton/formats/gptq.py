@@ -135,7 +135,10 @@ class GPTQ:
                     f"{tensors.where(f'{name}.qweight')} must have 2 axes, got {shape}"
                 )
             rows = shape[1]
-            columns = tensors.shapes.get(f"{name}.g_idx", (shape[0] * WORD // spec.bits,))[0]
+            order = tensors.shapes.get(f"{name}.g_idx", (shape[0] * WORD // spec.bits,))
+            if len(order) != 1:
+                raise ValueError(f"{tensors.where(f'{name}.g_idx')} must have 1 axis, got {order}")
+            columns = order[0]
             found.append(Outline(name, "Linear", (rows, columns), rows, columns, spec))
             grouped = 0 < spec.group_size < columns
             if options.get("desc_act") and grouped and f"{name}.g_idx" not in tensors:

@@ -1,5 +1,6 @@
 """What a file format has to know of a layer, and what it has to say."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import layers
 from ..packed import PackedWeight
+from ..packing import words
 from ..spec import QuantSpec, ScaleDtype
 from .folder import Tensors
 
@@ -32,6 +34,16 @@ class Outline:
     columns: int
     spec: QuantSpec
     dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        """ValueError for what no weight can be: files say these things."""
+        sides = (*self.shape, self.rows, self.columns)
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sides)
+        if not whole or math.prod(self.shape) != self.rows * self.columns:
+            raise ValueError(
+                f"{self.name!r} cannot have a weight of {self.shape!r} that is "
+                f"{self.rows!r} rows of {self.columns!r} columns"
+            )
 
     @classmethod
     def of(cls, name: str, module: Any, spec: QuantSpec | None = None) -> "Outline":
@@ -110,6 +122,14 @@ def scale_dtype(tensors: Tensors, name: str) -> ScaleDtype:
     if found not in SCALE_DTYPES:
         raise ValueError(f"{tensors.where(name)} must be one of {[*SCALE_DTYPES]}, got {found}")
     return SCALE_DTYPES[found]
+
+
+def check_packed_shape(tensors: Tensors, name: str, layer: Outline) -> None:
+    """ValueError where codes are not [R, words(C)]: an outline is no larger than its file."""
+    shape = layer.rows, words(layer.columns, layer.spec.bits)
+    if tensors.shapes.get(name) != shape:
+        got = list(tensors.shapes.get(name, ())) or "nothing"
+        raise ValueError(f"{tensors.where(name)} must be {list(shape)}, got {got}")
 
 
 def take_scale(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Tensor:

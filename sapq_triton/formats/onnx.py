@@ -40,10 +40,11 @@ from .onnx_graph import (
     fold_batchnorm,
     fold_pads,
     make_gammas_positive,
+    names,
     set_parameter,
     with_opset,
 )
-from .onnx_module import OnnxModule
+from .onnx_module import OnnxModule, session
 
 METADATA = "sapq_triton"  # key in metadata_props: what this package wrote, as JSON
 EXPORT_OPSET = 20
@@ -91,6 +92,8 @@ def quantize_onnx(
     for each in specs:
         _check_spec(each)
     model = with_opset(read_model(path), PER_AXIS_OPSET)
+    batches = calibration_batches(model, images, mean=mean, std=std, size=size, batch=batch)
+    _check_runs(path, model, batches[0])
     if any(getattr(each, "bits", 0) == 8 for each in specs):
         turned = Graph(model)
         make_gammas_positive(turned)
@@ -98,14 +101,13 @@ def quantize_onnx(
     module = OnnxModule(model)
     if activations is not None:
         _check_float32(Graph(model), module)
-    batches = calibration_batches(model, images, mean=mean, std=std, size=size, batch=batch)
     tensors = [{name: torch.from_numpy(part) for name, part in one.items()} for one in batches]
     report = quantize(module, tensors, spec, **options)
 
-    weights, names = {}, {}
+    weights, found = {}, {}
     for layer in report.layers:
         node = module.nodes[layer.name]
-        names[_called(node)] = layer.name
+        found[_called(node)] = layer.name
         values = layer.codes, layer.scale, layer.zero_point
         weight = integer_weight(layer.name, module.get_submodule(layer.name), *values, layer.spec)
         if node.op_type == "MatMul" or (node.op_type == "Gemm" and "transB" not in _true(node)):
@@ -117,12 +119,12 @@ def quantize_onnx(
     kept, left_out = _rewrite(graph, weights, batches, activations, ranges)
     _write(graph, weights, Path(out))
     layers = tuple(
-        replace(x, notes=(*x.notes, *(r for n, r in left_out.items() if names.get(n) == x.name)))
+        replace(x, notes=(*x.notes, *(r for n, r in left_out.items() if found.get(n) == x.name)))
         for x in report.layers
     )
     skipped = {**report.skipped, **module.left_out}
     skipped |= {name: f"not folded: {reason}" for name, reason in kept.items()}
-    skipped |= {n: r for n, r in left_out.items() if n not in names}  # share another one's weight
+    skipped |= {n: r for n, r in left_out.items() if n not in found}  # share another one's weight
     return replace(report, layers=layers, skipped=skipped)
 
 
@@ -185,15 +187,27 @@ def read_model(path: str | Path) -> onnx.ModelProto:
     """An ONNX model whose graph is well formed; ValueError for any other file."""
     try:
         model = onnx.load(str(path))
-    except DecodeError as error:
+    except (DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no ONNX model, or is truncated: {error}") from error
+    except onnx.checker.ValidationError as error:  # of data that lies in other files
+        raise ValueError(f"{path} is no valid ONNX model: {error}") from error
     if not model.graph.node or not model.opset_import:
         raise ValueError(f"{path} is no ONNX model, or is truncated: it has no nodes")
+    if any(isinstance(name, bytes) for name in names(model.graph)):  # as protobuf leaves them
+        raise ValueError(f"{path} is no valid ONNX model: it has names that are not UTF-8")
     try:
         onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no valid ONNX model: {error}") from error
     return model
+
+
+def _check_runs(path: str | Path, model: onnx.ModelProto, batch: Mapping[str, Array]) -> None:
+    """ValueError for a model that onnxruntime refuses, as shapes that do not fit: it says why."""
+    try:
+        session(model).run(None, dict(batch))
+    except Exception as error:  # its errors have no class in common
+        raise ValueError(f"onnxruntime cannot run {path}: {error}") from error
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -507,10 +521,15 @@ def _stored_weight(path: object, graph: Graph, name: str, bits: int) -> tuple[st
     if node is None or node.op_type != "DequantizeLinear":
         raise ValueError(f"{path}: no DequantizeLinear makes the weight {name!r}")
     parts = [graph.constant(value) for value in node.input]
-    values, scale = parts[0], parts[1]
+    values, scale, zero_point = (parts + [None] * 3)[:3]
     options: dict[str, Any] = attributes(node)
     if values is None or scale is None or values.dtype != np.int8 or scale.dtype != np.float32:
         raise ValueError(f"{path}: {name!r} is not int8 with float32 scales")
+    if len(parts) > 2 and (zero_point is None or zero_point.dtype != np.int8 or zero_point.any()):
+        raise ValueError(f"{path}: the zero points of {name!r} are not 0")
+    largest = int(np.abs(values.astype(np.int16)).max(initial=0))
+    if not 2 <= bits <= 8 or largest >= 2**bits:
+        raise ValueError(f"{path}: {name!r} holds {largest}, which {bits} bits do not reach")
     readers = graph.readers(name)
     kind = readers[0].op_type if readers else "-"
     block = int(options.get("block_size", 0))

@@ -1,8 +1,12 @@
 """Calibration inputs of an ONNX model: arrays, files of arrays, folders of images."""
 
+import math
+import os
+import warnings
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import onnx
@@ -12,6 +16,8 @@ from .onnx_graph import Array, Graph, opset_of
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 RGB = 3
+TENSOR_TYPES = {*onnx.TensorProto.DataType.values()} - {onnx.TensorProto.UNDEFINED}
+LONGEST = 64  # how often the short side of an image may go into the long one
 
 
 def calibration_batches(
@@ -67,6 +73,8 @@ def _inputs(model: onnx.ModelProto) -> dict[str, Input]:
     found = {}
     for value in model.graph.input:
         kind = value.type.tensor_type
+        if kind.elem_type not in TENSOR_TYPES:
+            raise ValueError(f"input {value.name!r} is no tensor of a type that ONNX has")
         shape = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
         found[value.name] = (helper.tensor_dtype_to_np_dtype(kind.elem_type), shape)
     return {name: found[name] for name in names}
@@ -97,19 +105,57 @@ def _read(images: Any, inputs: Mapping[str, Input], size: int | None) -> list[di
 
 
 def _read_arrays(path: Path, inputs: Mapping[str, Input]) -> Any:
-    try:
-        found = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{path} holds no NumPy arrays: {error}") from error
-    if isinstance(found, np.ndarray):
-        return found
-    with found:
-        arrays = {name: found[name] for name in found.files}
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            if file.read(2) != b"PK":
+                file.seek(0)
+                return _read_array(file, size)
+            with zipfile.ZipFile(file) as archive:
+                arrays = {
+                    info.filename.removesuffix(".npy"): _read_member(archive, info)
+                    for info in _members(archive, size)
+                }
+        # damaged files raise whatever zipfile, zlib, tokenize and NumPy think of
+        except Exception as error:
+            raise ValueError(f"{path} holds no NumPy arrays: {error}") from error
     if len(arrays) == 1 == len(inputs):  # whatever its name
         return next(iter(arrays.values()))
     return arrays
+
+
+def _members(archive: zipfile.ZipFile, size: int) -> list[zipfile.ZipInfo]:
+    """ValueError for what unpacks to more than NumPy's own files can: at most 1032 times."""
+    members = archive.infolist()
+    for info in members:
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{info.filename!r} is packed in a way that NumPy does not write")
+    if sum(info.compress_size for info in members) > size:
+        raise ValueError("its members overlap")
+    return members
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Array:
+    with archive.open(info) as file:
+        return _read_array(file, info.file_size)
+
+
+def _read_array(file: IO[bytes], size: int) -> Array:
+    """Nothing is allocated that a file of `size` bytes cannot hold. ValueError for pickles."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):  # 3.0 has names that ASCII cannot write
+        raise ValueError(f"version {version} of .npy is for arrays of records")
+    read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+    shape, fortran, dtype = read(file)
+    if dtype.kind not in "biuf":
+        raise ValueError(f"an array of {dtype}; legal are numbers")
+    if any(side < 0 for side in shape) or math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"an array {list(shape)} of {dtype} is larger than the file")
+    count = math.prod(shape) * dtype.itemsize
+    content = file.read(count)
+    if len(content) != count or file.read(1):  # the latter also checks the checksum of a .zip
+        raise ValueError(f"{len(content)} bytes for an array {list(shape)} of {dtype}, or more")
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def _read_folder(folder: Path, inputs: Mapping[str, Input], size: int | None) -> Array:
@@ -129,7 +175,7 @@ def _read_folder(folder: Path, inputs: Mapping[str, Input], size: int | None) ->
         raise ValueError("the graph takes images of any size: pass size")
     pixels = []
     for path in paths:
-        image = Image.open(path).convert("RGB")
+        image = _open_image(path)
         ratio = max(height / image.height, width / image.width)
         sides = max(width, round(image.width * ratio)), max(height, round(image.height * ratio))
         image = image.resize(sides, Image.Resampling.BILINEAR)
@@ -137,6 +183,22 @@ def _read_folder(folder: Path, inputs: Mapping[str, Input], size: int | None) ->
         pixels.append(np.asarray(image.crop((left, top, left + width, top + height))))
     stacked = np.stack(pixels)
     return stacked.transpose(0, 3, 1, 2) if first else stacked
+
+
+def _open_image(path: Path) -> Any:
+    """RGB. ValueError for a file that cannot be decoded, or would be a mosaic when resized."""
+    from PIL import Image  # an extra
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+    except Exception as error:  # decoders raise OSError, SyntaxError, IndexError, struct.error, ...
+        raise ValueError(f"{path} is no image that can be read: {error}") from error
+    if max(image.size) > LONGEST * min(image.size):
+        raise ValueError(f"{path}: {image.size} pixels; one side is more than {LONGEST} others")
+    return image
 
 
 def _prepare(name: str, wanted: Input, value: Array, mean: Any, std: Any) -> Array:
@@ -158,6 +220,8 @@ def _prepare(name: str, wanted: Input, value: Array, mean: Any, std: Any) -> Arr
         value = (value.astype(np.float32) - center.reshape(view)) / spread.reshape(view)
     elif value.dtype.kind != dtype.kind:
         raise ValueError(f"input {name!r} must be {dtype}, got {value.dtype}")
-    if value.dtype.kind == "f" and not np.isfinite(value).all():
-        raise ValueError(f"input {name!r} holds NaN or Inf")
-    return value.astype(dtype)
+    with np.errstate(over="ignore"):  # of float64 beyond float32
+        value = value.astype(dtype)
+    if dtype.kind == "f" and not np.isfinite(value).all():
+        raise ValueError(f"input {name!r} holds NaN or Inf in {dtype}")
+    return value

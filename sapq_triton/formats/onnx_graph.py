@@ -114,7 +114,7 @@ class Graph:
     def constant(self, name: str) -> Array | None:
         """The value of a constant; None where it depends on the inputs, or is no tensor."""
         if name in self.initializers:
-            return numpy_helper.to_array(self.initializers[name])
+            return to_array(self.initializers[name])
         node = self.producers.get(name)
         if node is None or node.domain not in ("", "ai.onnx"):
             return None
@@ -122,7 +122,7 @@ class Graph:
             (attribute,) = node.attribute
             value = helper.get_attribute_value(attribute)
             if attribute.name == "value":
-                return numpy_helper.to_array(value)
+                return to_array(value)
             known = _CONSTANT_DTYPES.get(attribute.name)  # none for strings and sparse tensors
             return None if known is None else np.array(value, known)
         if node.op_type not in FOLDABLE:
@@ -238,6 +238,25 @@ _CONSTANT_DTYPES: dict[str, type[np.generic]] = {
 }
 
 
+def to_array(tensor: onnx.TensorProto) -> Array:
+    """ValueError for a tensor of a type that NumPy has not, or with less data than its shape."""
+    try:
+        return numpy_helper.to_array(tensor)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"constant {tensor.name!r} cannot be read: {error!r}") from error
+
+
+def names(graph: onnx.GraphProto) -> Iterator[str]:
+    """Of all nodes and values, those of subgraphs included."""
+    for item in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        yield item.name
+    for node in graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+        for inner in subgraphs(node):
+            yield from names(inner)
+
+
 def reads(node: onnx.NodeProto) -> set[str]:
     """Values that a node reads, those that its subgraphs take from outside included."""
     names = set(node.input) - {""}
@@ -273,7 +292,7 @@ def with_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     if opset_of(model) < opset:
         try:
             model = onnx.version_converter.convert_version(model, opset)
-        except RuntimeError as error:
+        except Exception as error:  # RuntimeError, ConvertError, InferenceError, IndexError, ...
             raise ValueError(
                 f"the model has operators of opset {opset_of(model)}, {opset} is needed here, and "
                 f"onnx cannot convert it: {error}"
@@ -323,12 +342,18 @@ def _fold(
     name, dtype = layer.input[1], getattr(graph.constant(norm.input[1]), "dtype", np.float32)
     gamma, beta, mean, variance, bias = _parameters(graph, layer, norm)
     epsilon: Any = attributes(norm).get("epsilon", 1e-5)
-    factor = gamma / np.sqrt(variance + epsilon)
-    weight = weights[name].times(along_channels(layer, factor, weights[name].values.shape))
+    with np.errstate(all="ignore"):  # what is not finite is refused below
+        factor = gamma / np.sqrt(variance + epsilon)
+        shift = (factor * (bias - mean) + beta).astype(dtype)
+        weight = weights[name].times(along_channels(layer, factor, weights[name].values.shape))
     if weight is None:
         return "gamma is negative where the layer has a weight of -128"
+    if not (
+        np.isfinite(factor).all() and np.isfinite(shift).all() and np.isfinite(weight.scale).all()
+    ):
+        return "its parameters make NaN or Inf of the weight or the bias"
     weights[name] = weight
-    set_parameter(graph, layer, 2, (factor * (bias - mean) + beta).astype(dtype))
+    set_parameter(graph, layer, 2, shift)
     layer.output[0] = norm.output[0]
     graph.remove(norm)
     return None

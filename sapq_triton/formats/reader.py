@@ -1,5 +1,6 @@
 """Read a folder, ours or another program's, into a model."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .. import layers, packed
 from ..packed import PackedWeight, to_packed
 from .compressed_tensors import CompressedTensors
-from .folder import CONFIG, Tensors, optional, read_json, read_manifest
+from .folder import CONFIG, GENERATION, OLD_CONFIG, Tensors, optional, read_json, read_manifest
 from .gptq import GPTQ
 from .layer import LINEAR, Format, Outline
 from .sapq import Sapq
@@ -51,7 +52,7 @@ class Stored:
         tensors = Tensors.of(folder)
         try:
             outlines = known.outlines(tensors, config, manifest)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, re.error) as error:
             raise ValueError(f"{folder}: {known.name} options are damaged: {error!r}") from None
         if not outlines:
             raise ValueError(f"{folder} has no quantized layer")
@@ -68,9 +69,11 @@ def _quantization_config(folder: Path) -> Mapping[str, Any]:
     """Of config.json, or of the file of its own that older programs wrote for GPTQ."""
     found = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
     if "quantization_config" in found:
-        content: Mapping[str, Any] = found["quantization_config"]
+        content: Any = found["quantization_config"]
+        if not isinstance(content, dict):
+            raise ValueError(f"{folder / CONFIG}: quantization_config is no object: {content!r}")
         return content
-    alone = folder / "quantize_config.json"
+    alone = folder / OLD_CONFIG
     return {"quant_method": "gptq", **read_json(alone)} if alone.exists() else {}
 
 
@@ -193,22 +196,49 @@ def _build(stored: Stored) -> nn.Module:
     transformers = optional("transformers")
     if not (folder / CONFIG).exists():
         raise ValueError(f"{folder} has no {CONFIG}: pass the model to load into")
-    config = transformers.AutoConfig.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
-    named = (config.architectures or ["none"])[0]
-    architecture = getattr(transformers, named, None)
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        named = (config.architectures or ["none"])[0]
+    except Exception as error:  # whatever the class of the configuration thinks of
+        raise _unbuildable(folder, error) from error
+    architecture: Any = getattr(transformers, named, None) if isinstance(named, str) else None
     if not isinstance(architecture, type) or not hasattr(architecture, "_from_config"):
         raise ValueError(
             f"{folder / CONFIG} names architecture {named!r}, which transformers "
             f"{transformers.__version__} does not have: pass the model to load into"
         )
     config.quantization_config = None
-    with optional("transformers.initialization").no_init_weights():
-        model: Any = architecture._from_config(config, dtype=config.dtype or torch.float32)
-    model.tie_weights()  # a part of the initialization that was left out
-    if (folder / "generation_config.json").exists():
-        generation = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
-        model.generation_config = generation
+    many = getattr(config, "num_hidden_layers", None)
+    if isinstance(many, int) and many > len(stored.tensors.files):
+        raise ValueError(f"{folder / CONFIG} has {many} layers, more than there are tensors")
+    try:
+        with optional("transformers.initialization").no_init_weights():
+            with torch.device("meta"):  # shapes first: a file of bytes may ask for terabytes
+                _check_size(stored, architecture._from_config(config))
+            dtype = config.dtype or torch.float32
+            model: Any = architecture._from_config(config, dtype=dtype)
+        model.tie_weights()  # a part of the initialization that was left out
+        if (folder / GENERATION).exists():
+            found = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+            model.generation_config = found
+    except Exception as error:
+        raise _unbuildable(folder, error) from error
     built: nn.Module = model.eval()
     return built
+
+
+def _unbuildable(folder: Path, error: Exception) -> ValueError:
+    what = f"{folder / CONFIG} describes no model that transformers can build"
+    return ValueError(f"{what}: {type(error).__name__}: {error}")
+
+
+def _check_size(stored: Stored, model: Any) -> None:
+    """ValueError for a model that the tensors of the folder cannot fill."""
+    model.tie_weights()
+    held = sum(math.prod(layer.shape) for layer in stored.layers.values())
+    held += sum(math.prod(stored.tensors.shapes[name]) for name in stored.others)
+    asked = sum(parameter.numel() for parameter in model.parameters())
+    if asked > held:
+        raise ValueError(f"it has {asked} weights, and the files hold {held}")

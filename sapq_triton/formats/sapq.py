@@ -14,7 +14,7 @@ from ..packed import BUFFERS, PackedWeight
 from ..packing import words
 from ..spec import QuantSpec
 from .folder import Tensors
-from .layer import Outline, take_scale
+from .layer import Outline, check_packed_shape, take_scale
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,15 @@ class Sapq:
     def outlines(
         self, tensors: Tensors, config: Mapping[str, Any], manifest: Mapping[str, Any]
     ) -> list[Outline]:
-        return [
-            Outline(
-                name, entry["kind"], tuple(entry["shape"]), entry["rows"], entry["columns"],
-                QuantSpec(**entry["spec"]),
-            )
-            for name, entry in manifest["layers"].items()
-        ]  # fmt: skip
+        found = []
+        for name, entry in manifest["layers"].items():
+            if not isinstance(entry["kind"], str):
+                raise ValueError(f"{name!r} must have a kind, got {entry['kind']!r}")
+            shape, rows, columns = tuple(entry["shape"]), entry["rows"], entry["columns"]
+            layer = Outline(name, entry["kind"], shape, rows, columns, QuantSpec(**entry["spec"]))
+            check_packed_shape(tensors, f"{name}.qweight", layer)
+            found.append(layer)
+        return found
 
     def decode(self, tensors: Tensors, layer: Outline) -> dict[str, Tensor | None]:
         name, spec, rows, groups = layer.name, layer.spec, layer.rows, layer.groups

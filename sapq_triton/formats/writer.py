@@ -18,6 +18,7 @@ from .folder import (
     INDEX,
     MANIFEST,
     MANIFEST_VERSION,
+    OLD_CONFIG,
     WEIGHTS,
     Tensors,
     program,
@@ -27,6 +28,7 @@ from .folder import (
     sha256,
     tensor_sha256,
     write_json,
+    write_manifest,
     write_tensors,
 )
 from .gptq import GPTQ
@@ -77,7 +79,7 @@ def save(
         _write_options(partial, chosen, content, files, report)
         manifest = _manifest(chosen, layers, tensors, report)
         manifest["files"] = {path.name: _digest(path) for path in sorted(partial.iterdir())}
-        write_json(partial / MANIFEST, manifest)
+        write_manifest(partial, manifest)
         _read_back(partial, model, layers, others)
 
 
@@ -92,7 +94,7 @@ def save_part(model: nn.Module, folder: Path, format: str, report: Report | None
             _write_options(partial, chosen, config(chosen, model, layers))
         manifest = _manifest(chosen, layers, tensors, report)
         manifest["files"] = {path.name: _digest(path) for path in sorted(partial.iterdir())}
-        write_json(partial / MANIFEST, manifest)
+        write_manifest(partial, manifest)
         _read_back(partial, model, layers, others)
 
 
@@ -129,7 +131,7 @@ def join(
         written = {path.name for path in partial.iterdir()} - hashes.keys()
         hashes |= {name: _digest(partial / name) for name in written}
         manifest["files"] = dict(sorted(hashes.items()))
-        write_json(partial / MANIFEST, manifest)
+        write_manifest(partial, manifest)
         stored = Stored.of(partial)
         stored.tensors.check(stored.manifest)
 
@@ -152,7 +154,7 @@ def _write_options(
     """Everything but the weights and the manifest."""
     write_json(folder / CONFIG, content)
     if isinstance(chosen, GPTQ):  # where older programs look
-        write_json(folder / "quantize_config.json", content["quantization_config"])
+        write_json(folder / OLD_CONFIG, content["quantization_config"])
     for name, text in (report_files(report) if report else {}).items():
         (folder / name).write_text(text, encoding="utf-8")
     for file in map(Path, files):

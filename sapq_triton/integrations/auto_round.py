@@ -102,6 +102,7 @@ def _register() -> None:
                 self._quantize_layer_via_rtn(module, disable_opt_rtn=True)
                 if total is None or weight is None or total.rows == 0:
                     continue
+                total.check(module.global_name)
                 rounded = self.model.get_submodule(module.global_name)
                 if getattr(rounded, "data_type", None) in ("int", "int_sym", "int_asym"):
                     _refine(rounded, weight, total.hessian(), _current())
