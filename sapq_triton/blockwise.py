@@ -51,7 +51,7 @@ class Blockwise:
         return [*(self.chain.names if isinstance(self.chain, Chain) else ()), "the rest"]
 
     def run(self) -> list[Report]:
-        """Of each part: what the job has finished already is not done again."""
+        """Of each part, without codes: what the job has finished already is not done again."""
         reports = [Report.from_json(part["report"]) for part in self.job.parts]
         for layer in (layer for report in reports for layer in report.layers):
             self.advance(layer.name)
@@ -70,7 +70,7 @@ class Blockwise:
                 written |= sums
             if self.ranks.rank == 0:
                 self.job.finish({"name": name, "report": report.to_json()}, written)
-            reports.append(report)
+            reports.append(report.without_codes())
         return reports
 
     def _block(

@@ -80,6 +80,8 @@ def quantize_folder(
         see. A process that ends is an error in the others, and the job can go on.
     progress: a bar, or lines in a log.
 
+    Returns the report, without codes and grids: those are in the files.
+
     ValueError, before anything is solved, for what cannot be read, drawn, or saved, and where an
     unfinished job had other options, inputs, or versions of this program and of PyTorch.
     """

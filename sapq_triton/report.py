@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -214,6 +214,10 @@ class Report:
             environment=first.environment,
             options={**first.options, **options},
         )
+
+    def without_codes(self) -> "Report":
+        """Without codes and grids: a quarter or so of the memory of a model."""
+        return replace(self, layers=tuple(replace(x, quantized=None) for x in self.layers))
 
     def to_json(self) -> dict[str, Any]:
         """All but codes and grids, as what JSON can hold: NaN and infinities are strings."""
