@@ -24,16 +24,17 @@ def problem(groups: int = 1, rows: int = 6, columns: int = 12) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("search", ["absmax", "mse", "hessian"])
 @pytest.mark.parametrize("candidates, rounds", [(1, 0), (4, 0), (1, 2)])
-@pytest.mark.parametrize("sparsity", [None, "2:4", 0.5])
+@pytest.mark.parametrize("sparsity, window", [(None, 1), ("2:4", 1), ("2:4", 3), (0.5, 1)])
 def test_the_grid_is_the_one_that_the_spec_finds(
-    search: Any, candidates: int, rounds: int, sparsity: str | float | None
+    search: Any, candidates: int, rounds: int, sparsity: str | float | None, window: int
 ) -> None:
     weight, hessian = problem(groups=2)
     spec = QuantSpec(3, 4, scale_search=search, sparsity=sparsity)
-    options: dict[str, Any] = dict(HOW, candidates=candidates, rounds=rounds)
+    how = {**HOW, "window": window}
+    options: dict[str, Any] = dict(how, candidates=candidates, rounds=rounds)
     result = solve(weight, hessian, spec, **options)
     (baseline,) = against_nearest([result], [weight], hessian, options)
-    nearest = solve(weight, hessian, spec, order="nearest", **HOW)
+    nearest = solve(weight, hessian, spec, order="nearest", **how)
     assert baseline.error == float(nearest.report.error.sum())
 
 

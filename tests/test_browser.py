@@ -124,6 +124,8 @@ SORT = """
   seen.sorted = table.tHead.rows[0].cells[8].ariaSort;
   button(8).click();
   seen.down = column(8);
+  button(6).click();
+  seen.errors = column(6);
   button(1).click();
   seen.names = column(1);
   seen.marked = [...table.tHead.rows[0].cells].filter(head => head.ariaSort).length;
@@ -141,6 +143,8 @@ def test_the_script_sorts(tmp_path: Path) -> None:
     assert seen["before"] == [str(number + 1) for number in range(12)]
     ratios = [float(text) for text in seen["up"]]
     assert ratios == sorted(ratios) and len(set(ratios)) > 5 and seen["sorted"] == "ascending"
+    errors = [float(text) for text in seen["errors"]]
+    assert errors == sorted(errors) and errors[0] < 2e-4 < 5e-3 < errors[-1]
     assert seen["down"] == seen["up"][::-1]
     assert seen["names"] == [
         f"model.layers.{n}.mlp.down_proj" for n in range(12)

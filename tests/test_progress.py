@@ -75,6 +75,34 @@ def test_hessians_factors_and_loops_count() -> None:
     assert layer_cost(32, 1, 9, 50) == 32 * 9 * 50 * (9 + 200) + 32 * 15 * (1 * 9**2 + 9**3)
 
 
+class Shared(nn.Module):
+    """Two layers on one input, and one on what both put out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.last = nn.Linear(6, 5), nn.Linear(6, 4), nn.Linear(9, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.last(torch.cat([self.left(x), self.right(x)], 1))
+        return result
+
+
+def test_layers_that_share_a_hessian_have_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, float]] = []
+
+    def bar(costs: dict[str, float], shown: bool) -> object:
+        seen.append(dict(costs))
+        return progress_bar(costs, shown)
+
+    monkeypatch.setattr(sys.modules["sapq_triton.quantize"], "progress_bar", bar)
+    quantize(Shared(), list(torch.randn(21, 6).split(7)), QuantSpec(3), progress=False)
+    assert seen == [{
+        "left": layer_cost(1, 5, 6, 21),
+        "right": layer_cost(1, 4, 6, 0),
+        "last": layer_cost(1, 3, 9, 21),
+    }]  # fmt: skip
+
+
 def net() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
 
