@@ -76,7 +76,7 @@ def assert_same(one: Any, other: Any) -> None:
     assert torch.equal(one.zero_point, other.zero_point)
 
 
-@check(max_examples=150 * 30)
+@check(max_examples=60)
 @given(problems())
 def test_codes_lie_on_their_grid_and_the_report_tells_their_error(problem: Problem) -> None:
     result = problem.solve()
@@ -105,7 +105,7 @@ def test_codes_lie_on_their_grid_and_the_report_tells_their_error(problem: Probl
         assert abs(found - exact) <= 1e-5 * terms
 
 
-@check(max_examples=60 * 30)
+@check(max_examples=25)
 @given(problems())
 def test_twice_the_same(problem: Problem) -> None:
     weight, hessian = problem.weight.clone(), problem.hessian.clone()
@@ -113,7 +113,7 @@ def test_twice_the_same(problem: Problem) -> None:
     assert torch.equal(problem.weight, weight) and torch.equal(problem.hessian, hessian)
 
 
-@check(max_examples=80 * 30)
+@check(max_examples=30)
 @given(problems(), st.sampled_from(["transposed", "sliced", "expanded", "flipped"]))
 def test_strides_are_not_seen(problem: Problem, how: str) -> None:
     def view(tensor: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def test_strides_are_not_seen(problem: Problem, how: str) -> None:
     assert_same(found, problem.solve(weight=weight.contiguous()))
 
 
-@check(max_examples=60 * 30)
+@check(max_examples=25)
 @given(problems(), st.integers(2, 3))
 def test_a_batch_is_its_problems(problem: Problem, count: int) -> None:
     """To the bit; but refits multiply matrices, where BLAS may sum in another order."""
@@ -154,7 +154,7 @@ def test_a_batch_is_its_problems(problem: Problem, count: int) -> None:
             assert getattr(together.report, name)[number] == getattr(alone.report, name)
 
 
-@check(max_examples=80 * 30)
+@check(max_examples=30)
 @given(problems(), st.integers(-20, 20), st.integers(-30, 30))
 def test_powers_of_two_leave_the_codes(problem: Problem, of_weight: int, of_hessian: int) -> None:
     weight = problem.weight.float()
@@ -172,7 +172,7 @@ def test_powers_of_two_leave_the_codes(problem: Problem, of_weight: int, of_hess
         assert torch.equal(scaled.scale.where(~zeros, 0), used.where(~zeros, 0))
 
 
-@check(max_examples=60 * 30)
+@check(max_examples=25)
 @given(problems(), st.randoms(use_true_random=False))
 def test_rows_may_come_in_any_order(problem: Problem, random: Any) -> None:
     """But for orders that rank columns by all rows: sums of other orders are other sums."""
@@ -187,7 +187,7 @@ def test_rows_may_come_in_any_order(problem: Problem, random: Any) -> None:
     assert (errors <= 1e-4 * terms[moved] + 1e-30).all()
 
 
-@check(max_examples=100 * 30)
+@check(max_examples=40)
 @given(problems(dtypes=(torch.float32,), ranks=("full",)))
 def test_compensation_is_no_worse_than_rounding(problem: Problem) -> None:
     """On the grid of rounding, refined. A greedy loop promises nothing for one row: it may have
@@ -204,7 +204,7 @@ def test_compensation_is_no_worse_than_rounding(problem: Problem) -> None:
     assert found.report.error <= (1 + slack) * nearest.report.error + 1e-6 * found.report.energy
 
 
-@check(max_examples=60 * 30)
+@check(max_examples=25)
 @given(st.integers(2, 8), st.integers(0, 5), st.integers(1, 80), st.integers(0, 2**16))
 def test_packing_there_and_back(bits: int, rows: int, count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -214,7 +214,7 @@ def test_packing_there_and_back(bits: int, rows: int, count: int, seed: int) -> 
     assert torch.equal(pack(sideways, bits), pack(codes, bits))
 
 
-@check(max_examples=60 * 30)
+@check(max_examples=25)
 @given(problems())
 def test_a_packed_layer_is_the_solved_weight(problem: Problem) -> None:
     result = problem.solve()
@@ -226,7 +226,7 @@ def test_a_packed_layer_is_the_solved_weight(problem: Problem) -> None:
     assert torch.equal(packed.codes(), result.codes)
 
 
-@check(max_examples=12 * 30)
+@check(max_examples=5)
 @given(problems(dtypes=(torch.float32,)), st.sampled_from(["sapq", "compressed-tensors"]))
 def test_a_saved_layer_is_the_solved_weight(
     tmp_path_factory: pytest.TempPathFactory, problem: Problem, format: str
