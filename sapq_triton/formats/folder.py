@@ -151,8 +151,14 @@ def sha256(path: Path) -> str:
 
 def tensor_sha256(tensor: Tensor) -> str:
     """Of the bytes as safetensors stores them."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(raw(tensor).numpy().data).hexdigest()
+
+
+def raw(tensor: Tensor) -> Tensor:
+    """The bytes, uint8 [n], on the CPU."""
+    flat = tensor.detach().cpu().contiguous()
+    # one element is contiguous whatever its strides, which `view` does not take
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from .folder import (
     WEIGHTS,
     Tensors,
     program,
+    raw,
     read_manifest,
     refuse_foreign,
     replaced,
@@ -302,5 +303,4 @@ def _same(ours: Tensor | None, read: Tensor | None) -> bool:
         return torch.equal(ours.float(), read.float())
     if ours.shape != read.shape:
         return False
-    bytes_of = lambda tensor: tensor.contiguous().reshape(-1).view(torch.uint8)
-    return torch.equal(bytes_of(ours), bytes_of(read))
+    return torch.equal(raw(ours), raw(read))

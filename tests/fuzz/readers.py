@@ -154,7 +154,7 @@ def _check_packed(model: nn.Module, expected: dict[str, Tensor]) -> None:
 # --- ONNX -----------------------------------------------------------------------------------------
 
 
-def _cnn() -> Any:
+def small_cnn() -> Any:
     """Conv, BatchNorm, Relu, a pool and a Gemm, of opset 17; 3 x 4 x 4 in, 2 out."""
     from onnx import helper, numpy_helper
 
@@ -200,7 +200,7 @@ def _onnx(name: str, opset: int, **options: Any) -> Reader:
     def make(folder: Path) -> None:
         import onnx
 
-        model = _cnn()
+        model = small_cnn()
         model.opset_import[0].version = opset
         onnx.save(model, folder / "model.onnx")
 
@@ -247,7 +247,7 @@ def _onnx_inspect(name: str, **options: Any) -> Reader:
     def make(folder: Path) -> None:
         import onnx
 
-        onnx.save(_cnn(), folder / "plain")
+        onnx.save(small_cnn(), folder / "plain")
         _quantized(folder / "plain", folder / "model.onnx", **options)
         (folder / "plain").unlink()
         expected.update(integers(folder / "model.onnx"))
@@ -280,7 +280,7 @@ def _calibration(name: str, write: Callable[[Path, np.ndarray], None], file: str
     def read(folder: Path, changed: Changed) -> bool:
         from sapq_triton.formats.onnx_calibration import calibration_batches
 
-        model or model.append(_cnn())
+        model or model.append(small_cnn())
         batches = calibration_batches(model[0], folder / file, batch=2)
         assert batches
         for batch in batches:
