@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory --json memory.json
 
-Random Llamas of so many blocks of 3.2 million weights (float32, 12.9 MB); 16 sequences of 256 tokens
-calibrate, in two batches. Each run is a process of its own, on a CPU. The whole model
-in memory: transformers loads it, `quantize(pack=True)`, `save`. Block by block: `quantize_folder`,
+Random Llamas of so many blocks of 3.2 million weights (float32, 12.9 MB); 16 sequences of 256
+tokens, in two batches, calibrate. Each run is a process of its own, on a CPU. The whole model in
+memory: transformers loads it, `quantize(pack=True)`, `save`. Block by block: `quantize_folder`,
 with and without `spill`. Anonymous memory is what the process cannot give back to the system, and
 is looked at every 20 ms; resident memory also counts pages of the files that it reads.
 """
