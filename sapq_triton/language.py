@@ -149,6 +149,7 @@ def quantize_folder(
                 job=job, ranks=ranks, advance=advance,
             ).run()  # fmt: skip
         told |= {"one part, because": chain if isinstance(chain, str) else None}
+        told |= {"model": type(model).__name__}
         report = Report.of_parts(reports, skipped, told)
         if ranks.rank == 0:
             companions = [p for p in sorted(source.iterdir()) if p.name.startswith(COMPANIONS)]

@@ -195,7 +195,9 @@ class Report:
     def of_parts(
         cls, parts: Sequence["Report"], skipped: Mapping[str, str], options: Mapping[str, object]
     ) -> "Report":
-        """Of a model that was quantized part by part. skipped, options: of the whole."""
+        """Of a model that was quantized part by part. skipped, options: of the whole; what is None
+        in the latter is as in the parts."""
+        given = {name: value for name, value in options.items() if value is not None}
         stages: dict[str, float] = {}
         memory: dict[str, int] = {}
         for part in parts:
@@ -212,7 +214,7 @@ class Report:
             stages=stages,
             memory=memory,
             environment=first.environment,
-            options={**first.options, **options},
+            options={**first.options, **given},
         )
 
     def without_codes(self) -> "Report":

@@ -105,6 +105,7 @@ def test_from_a_folder_to_a_folder(
     report = read_report(out)
     assert {x.name: float(f"{x.relative_error:.3e}") for x in report.layers} == errors
     assert report.options["model"] == "LlamaForCausalLM"
+    assert (report.options["order"], report.options["samples"]) == ("sensitivity", 4)
     assert main(["report", str(out)]) == 0
     assert str(report) in capsys.readouterr().out
 
