@@ -58,7 +58,10 @@ def decode(kind: Any, value: object, where: str) -> Any:
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         if abs(value) <= sys.float_info.max:
             return float(value)
-    elif kind is object or (kind in (int, str, bool, NoneType) and type(value) is kind):
+    elif kind is int and type(value) is int:
+        if -(2**63) <= value < 2**63:  # beyond it, a quotient may be beyond a float
+            return value
+    elif kind is object or (kind in (str, bool, NoneType) and type(value) is kind):
         return value
     raise ValueError(f"{where} must be {_named(kind)}, got {_short(value)}")
 

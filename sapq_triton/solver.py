@@ -122,9 +122,10 @@ def solve(
     ops.dot_precision(precision)
     batch, columns = weight.shape[:-2], weight.shape[-1]
     h = hessian.detach()
-    h = (h if h.dtype == torch.float64 else h.float()).reshape(-1, columns, columns)
+    # contiguous: products of matrices may sum in another order for other strides
+    h = (h if h.dtype == torch.float64 else h.float()).reshape(-1, columns, columns).contiguous()
     # problems that share a Hessian are one problem with more rows
-    w = weight.detach().float().reshape(len(h), -1, columns)
+    w = weight.detach().float().reshape(len(h), -1, columns).contiguous()
     revived, dead = revive(_moderate(h))
     given = scale is not None
     if spec.scale_search == "absmax" or order == "nearest" or given or spec.share:

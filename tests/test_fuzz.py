@@ -25,7 +25,7 @@ MANY = {
     "sapq": 6000, "sapq-shards": 6000, "sapq-signed": 9000, "gptq-ours": 4000, "gptq": 9000,
     "gptq_v2": 8000, "compressed": 9000, "compressed-ours": 4000, "config": 6000, "onnx": 7000,
     "onnx-old": 4000, "onnx-activations": 4000, "onnx-inspect": 8000, "npy": 7000, "npz": 9000,
-    "images": 6000, "text": 2000,
+    "images": 6000, "report": 6000, "text": 2000,
 }  # fmt: skip
 
 

@@ -157,19 +157,17 @@ def test_a_batch_is_its_problems(problem: Problem, count: int) -> None:
 @check(max_examples=30)
 @given(problems(), st.integers(-20, 20), st.integers(-30, 30))
 def test_powers_of_two_leave_the_codes(problem: Problem, of_weight: int, of_hessian: int) -> None:
+    """But where a group is all zero: its scale is a convention, to which others may compensate."""
     weight = problem.weight.float()
     plain = problem.solve(weight=weight)
+    if (weight.unflatten(1, (plain.scale.shape[1], -1)) == 0).all(2).any():
+        return
     scaled = problem.solve(
         weight=weight * 2.0**of_weight, hessian=problem.hessian * 2.0**of_hessian
     )
     assert torch.equal(scaled.codes, plain.codes)
     assert torch.equal(scaled.zero_point, plain.zero_point)
-    live = (plain.codes != plain.zero_point.repeat_interleave(
-        weight.shape[1] // plain.scale.shape[1], 1)).any()  # fmt: skip
-    if live and plain.report.fallback == scaled.report.fallback:
-        used = plain.scale * 2.0**of_weight
-        zeros = (weight.unflatten(1, (plain.scale.shape[1], -1)) == 0).all(2)
-        assert torch.equal(scaled.scale.where(~zeros, 0), used.where(~zeros, 0))
+    assert torch.equal(scaled.scale, plain.scale * 2.0**of_weight)
 
 
 @check(max_examples=25)

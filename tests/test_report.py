@@ -85,6 +85,8 @@ DAMAGED: list[tuple[tuple[str | int, ...], object, str]] = [
     (("seconds",), True, "seconds must be a number, got True"),
     (("surprise",), 1, "surprise is not known here"),
     (("memory", "process"), 1.5, r"memory\['process'\] must be an integer, got 1\.5"),
+    (("memory", "process"), 2**63, r"memory\['process'\] must be an integer, got 9223"),
+    (("layers", 0, "columns", "columns"), 10**400, r"columns\.columns must be an integer, got 1"),
     (("seconds",), 10**400, "seconds must be a number, got 1000"),
     (("layers", 1, "error"), None, r"layers\[1\]\.error must be a number, got None"),
     (("layers", 1, "damp"), ..., r"layers\[1\]\.damp is missing"),

@@ -13,11 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sapq_triton import QuantSpec, load, save
+from sapq_triton import QuantSpec, load, quantize, save
 from sapq_triton.cli import main
+from sapq_triton.compare import compare
 from sapq_triton.formats.folder import write_manifest
 from sapq_triton.language import read_text
 from sapq_triton.packed import BUFFERS, PackedWeight
+from sapq_triton.report_files import read_report, report_files
+from sapq_triton.report_html import report_page
 from tests.tiny import llama, pack_randomly
 
 Changed = dict[str, bytes | None]
@@ -308,6 +311,26 @@ def _write_images(folder: Path, pixels: np.ndarray) -> None:
         image.save(folder / f"{number}.{suffix}")
 
 
+def _report(name: str) -> Reader:
+    """What a run did, as JSON, and the pages made of it: alone, and beside a good one."""
+
+    def make(folder: Path) -> None:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).eval()
+        report = quantize(model, [torch.randn(9, 8)] * 2, QuantSpec(4, 4), progress=False)
+        (folder / "report.json").write_text(report_files(report)["report.json"])
+        shutil.copyfile(folder / "report.json", folder / "other")
+
+    def read(folder: Path, changed: Changed) -> bool:
+        report = read_report(folder / "report.json")
+        assert str(report) and report_page(report)
+        both = compare(report, read_report(folder / "other"), ("A", "B"))
+        assert str(both) and both.page()
+        return True
+
+    return Reader(name, make, read)
+
+
 def _text(name: str) -> Reader:
     def make(folder: Path) -> None:
         (folder / "text.txt").write_text("Ein Text, in UTF-8: äöü – und noch mehr.\n" * 3)
@@ -369,5 +392,6 @@ READERS: dict[str, Callable[[], Reader]] = {
     "npy": lambda: _calibration("npy", _write_npy, "images.npy"),
     "npz": lambda: _calibration("npz", _write_npz, "images.npz"),
     "images": lambda: _calibration("images", _write_images, ""),
+    "report": lambda: _report("report"),
     "text": lambda: _text("text"),
 }
