@@ -246,6 +246,7 @@ def test_a_report_lies_beside_the_model(tmp_path: Path) -> None:
     manifest = read_json(tmp_path / "net" / "sapq.json")
     assert manifest["files"]["report.html"] is None  # its times are those of one run
     (tmp_path / "net" / "report.html").write_text("of somebody who adds a remark")
+    (tmp_path / "net" / "report.json").unlink()
     load(tmp_path / "net", Net(torch.float32))
     other = tmp_path / "report.json"
     other.write_text("{}")

@@ -311,6 +311,11 @@ class Tensors:
 
         A file without a checksum is only listed: it may be changed, or gone.
         """
+        sums = {file for file, digest in manifest.get("files", {}).items() if digest is not None}
+        read = {*self.files.values(), CONFIG, INDEX, OLD_CONFIG, GENERATION}
+        for file in sorted(read - sums) if manifest else ():
+            if (self.folder / file).exists():
+                raise ValueError(f"{self.folder / file} has no checksum in {MANIFEST}")
         for file, digest in manifest.get("files", {}).items():
             path = self.folder / file
             if digest is None:
