@@ -302,4 +302,4 @@ def collect_hessians(
             hook.remove()
     for name, total in sums.items():
         total.check(name)
-    return {name: total.hessian() for name, total in sums.items()}
+    return {name: total.take()[0] for name, total in sums.items()}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .hessian import damped, inverse, revive
+from .hessian import inverse, revive
 from .spec import Order
 
 BINS = 40  # of the histogram
@@ -48,7 +48,7 @@ def unit_costs(hessian: Tensor, order: Order, damp: Tensor) -> Tensor:
     if order not in RANKED:
         return diagonal.clone()
     revived, _ = revive(hessian)
-    a, solved = inverse(damped(revived, damp))
+    a, solved = inverse(revived, damp)
     compensated = 1 / a.diagonal(dim1=1, dim2=2)
     usable = solved[:, None] & (compensated > 0) & compensated.isfinite()
     return torch.where(usable, compensated, diagonal).masked_fill(diagonal == 0, 0)

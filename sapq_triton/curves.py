@@ -109,7 +109,7 @@ def error_curves(
                 skipped[name] = "no calibration row reached it"
         sums, _ = _input_sums(model, targets, test, run, mask_of, hessian_dtype, options)
         of_layers = {
-            name: _layer_errors(layer, sums.pop(name).hessian())
+            name: _layer_errors(layer, sums.pop(name).take()[0])
             for name, layer in rounded.items()
             if name in sums
         }
@@ -260,7 +260,7 @@ def _rounded(
     options: Mapping[str, Any],
 ) -> Rounded:
     """A layer, solved at each width."""
-    weight, hessian = layers.weight_matrix(target.module), total.hessian()
+    weight, (hessian, _) = layers.weight_matrix(target.module), total.take()
     results = [
         solve(weight, hessian, replace(target.spec, bits=width), **options) for width in widths
     ]

@@ -11,6 +11,8 @@ from .finite import check_finite
 from .ops import Backend, Precision
 from .window import Window
 
+PANEL = 256  # rows, or columns, of a matrix that are copied at a time
+
 
 class HessianSum:
     """Running, unnormalized sums of x and of x x^T per group, divided once at the end.
@@ -87,12 +89,31 @@ class HessianSum:
 
     def hessian(self) -> Tensor:
         """2/n X^T X, [groups, C, C]; all zero where no row was seen."""
-        full = self.total.tril() + self.total.tril(-1).mT
-        return full.mul_(2 / max(self.rows, 1))
+        return _mirror_(self.total.clone()).mul_(2 / max(self.rows, 1))
 
     def drift(self) -> Tensor | None:
         """2/n X^T (Y - X), [groups, C, C]; None where it is not summed."""
         return None if self.drifts is None else self.drifts * (2 / max(self.rows, 1))
+
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        """`hessian` and `drift` in the memory of their sums, which are gone; `mean` remains."""
+        total, drift = self.total, self.drifts
+        del self.total, self.drifts
+        if total.is_inference():  # made by a model in inference mode, and never to be changed
+            total, drift = total.clone(), drift if drift is None else drift.clone()
+        factor = 2 / max(self.rows, 1)
+        return _mirror_(total).mul_(factor), drift if drift is None else drift.mul_(factor)
+
+
+def _mirror_(lower: Tensor) -> Tensor:
+    """A symmetric matrix [B, C, C] of which only the lower triangle is there, in place."""
+    C = lower.shape[1]
+    for start in range(0, C, PANEL):
+        panel, below = slice(start, start + PANEL), slice(start + PANEL, C)
+        block = lower[:, panel, panel]
+        block.copy_(block.tril() + block.tril(-1).mT)
+        lower[:, panel, below] = lower[:, below, panel].mT
+    return lower
 
 
 def drifted(
@@ -129,7 +150,8 @@ def revive(hessian: Tensor) -> tuple[Tensor, Tensor]:
     alive = (dead.shape[1] - count).clamp(min=1)
     mean = torch.where(count < dead.shape[1], diagonal.sum(1) / alive, 1.0)
     # products with other columns can survive where the square of the column underflows
-    revived = hessian.masked_fill(dead[:, :, None] | dead[:, None, :], 0)
+    revived = hessian.clone()
+    revived.masked_fill_(dead[:, :, None], 0).masked_fill_(dead[:, None, :], 0)
     revived.diagonal(dim1=1, dim2=2).copy_(torch.where(dead, mean[:, None], diagonal))
     return revived, count
 
@@ -148,9 +170,14 @@ def _add_ridge(out: Tensor, hessian: Tensor, damp: float | Tensor) -> Tensor:
 
 def permuted(matrix: Tensor, columns: Tensor) -> Tensor:
     """matrix[columns, columns] per problem: [B, C, C], int64 [B, T]  ->  [B, T, T]"""
-    each = torch.arange(len(matrix), device=matrix.device)[:, None]
-    rows = matrix[each, columns]  # whole rows are copied fast
-    return rows.gather(2, columns[:, None, :].expand(-1, columns.shape[1], -1))
+    B, T = columns.shape
+    each = torch.arange(B, device=matrix.device)[:, None]
+    out = torch.empty(B, T, T, dtype=matrix.dtype, device=matrix.device)
+    for start in range(0, T, PANEL):
+        panel = slice(start, min(start + PANEL, T))
+        rows = matrix[each, columns[:, panel]]  # whole rows are copied fast
+        out[:, panel] = rows.gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))
+    return out
 
 
 def _cholesky_(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,13 +209,27 @@ def ldl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """M and D of `feedback_factor`: [B, C, C], the diagonal [B, C], and solved bool [B]"""
     backwards = hessian.flip((1, 2)) if columns is None else permuted(hessian, columns.flip(1))
-    lower, solved = _cholesky_(_add_ridge(backwards, hessian, damp))
+    backwards = _add_ridge(backwards.contiguous(), hessian, damp)
+    lower, solved = _cholesky_(backwards)
     root = lower.diagonal(dim1=1, dim2=2).clone()
     lower /= root[:, None, :]
-    return lower.flip((1, 2)), root.square_().flip(1), solved
+    _reverse_(backwards.view(len(hessian), -1))
+    return lower, root.square_().flip(1), solved
 
 
-def inverse(hessian: Tensor, damp: float = 0.0) -> tuple[Tensor, Tensor]:
+def _reverse_(lines: Tensor) -> None:
+    """lines [B, N], each backwards, in place: a matrix so stored is flipped in both dimensions"""
+    N = lines.shape[1]
+    step = max(1, N // 64)
+    for start in range(0, N // 2, step):
+        end = min(start + step, N // 2)
+        front, back = lines[:, start:end], lines[:, N - end : N - start]
+        saved = front.flip(1)
+        front.copy_(back.flip(1))
+        back.copy_(saved)
+
+
+def inverse(hessian: Tensor, damp: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
     """H^-1 of the damped H, symmetric up to rounding: [B, C, C]  ->  [B, C, C], solved bool [B]"""
     lower, solved = _cholesky_(damped(hessian, damp))
-    return torch.cholesky_inverse(lower), solved
+    return torch.cholesky_inverse(lower, out=lower), solved  # a GPU's library makes a copy

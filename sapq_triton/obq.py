@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .codebook import Codebook
+from .memory import Rows
 from .ops import Backend, Precision
 from .tile import bring_both_forward, bring_forward, to_front
 
@@ -25,6 +26,7 @@ def solve_obq(
     block: int,
     precision: Precision,
     backend: Backend,
+    rows: Rows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """weight [B, R, C], inverse [B, C, C], scale, zero_point [B, R, G]
 
@@ -36,13 +38,16 @@ def solve_obq(
     chunk = max(1, memory // (4 * C * C))  # rows never meet: their number changes no code
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     solved = torch.ones(B, dtype=torch.bool, device=weight.device)
+    rows = rows or Rows(least=1)
     for problem, a in enumerate(inverse):
-        for start in range(0, R, chunk):
-            rows = (problem, slice(start, start + chunk))
-            codes[rows], finite = _solve_chunk(
-                weight[rows], a, scale[rows], zero_point[rows], qmax, block, precision, backend
-            )
+
+        def chunk_of(part: slice, problem: int = problem, a: Tensor = a) -> tuple[Tensor, ...]:
+            grid = scale[problem, part], zero_point[problem, part], qmax
+            found, finite = _solve_chunk(weight[problem, part], a, *grid, block, precision, backend)
             solved[problem] &= finite
+            return (found[None],)
+
+        codes[problem] = rows.map(R, chunk_of, most=chunk)[0][0]
     return codes, solved
 
 

@@ -32,7 +32,7 @@ def static_order(
     if order == "activation":
         return diagonal.argsort(dim=1, descending=True, stable=True), solved
     if order == "min-pivot":
-        return min_pivot_order(damped(hessian, damp)), solved
+        return _eliminate_(damped(hessian, damp)), solved
     a, solved = inverse(hessian, damp)
     group = natural // (C // scale.shape[2])
     cost = ops.column_sensitivity(
@@ -47,14 +47,18 @@ def min_pivot_order(hessian: Tensor) -> Tensor:
     The column quantized last has nothing left to compensate it and costs its whole pivot, so it
     should be the cheapest (Chen et al. 2025, arXiv 2507.18553). hessian [B, C, C]  ->  int64 [B, C]
     """
-    B, C, _ = hessian.shape
-    rest = hessian.clone()
-    each = torch.arange(B, device=hessian.device)
-    eliminated = torch.empty(B, C, dtype=torch.int64, device=hessian.device)
-    done = torch.zeros(B, C, dtype=torch.bool, device=hessian.device)
+    return _eliminate_(hessian.clone())
+
+
+def _eliminate_(rest: Tensor) -> Tensor:
+    """`min_pivot_order`, in the memory of the matrix"""
+    B, C, _ = rest.shape
+    each = torch.arange(B, device=rest.device)
+    eliminated = torch.empty(B, C, dtype=torch.int64, device=rest.device)
+    done = torch.zeros(B, C, dtype=torch.bool, device=rest.device)
     for start in range(0, C, PIVOT_BLOCK):
         end = min(start + PIVOT_BLOCK, C)
-        pending = hessian.new_zeros(B, end - start, C)
+        pending = rest.new_zeros(B, end - start, C)
         diagonal = rest.diagonal(dim1=1, dim2=2).clone()
         for step in range(end - start):
             pivot = diagonal.masked_fill(done, torch.inf).argmin(1)

@@ -587,6 +587,7 @@ class _Run:
         assert solution is not None
         started = time.perf_counter()
         result, report = solution.result, solution.result.report
+        target.notes += report.notes
         quantized = result.dequantize()
         if solution.rows:
             lost = solution.weight.float() - quantized
@@ -640,7 +641,7 @@ class _Run:
         trust = self._trust(leader, torch.cat(weights, 1), total, held_out)
         if held_out.rows:
             total.merge(held_out)
-        hessian, drift = total.hessian(), total.drift()
+        hessian, drift = total.take()
         if drift is not None:
             ridge, fraction = trust.ridge, trust.fraction
             weights = [drifted(w.float(), hessian, drift, ridge, fraction) for w in weights]

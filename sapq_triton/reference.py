@@ -80,14 +80,15 @@ def quantize_groups(
     groups = weight.reshape(B * R * G, group_size)
     codes = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
     scale, zero_point = groups.new_empty(2, len(groups))
-    costs = None
-    if importance is not None:
-        costs = importance.view(B, 1, C).expand(B, R, C).reshape(B * R * G, group_size)
+    costs = None if importance is None else importance.reshape(B * G, group_size)
     step = max(1, 2**18 // group_size)  # as many groups as stay in cache during the search
     for start in range(0, len(groups), step):
         part = slice(start, start + step)
         w = groups[part].T.contiguous()  # groups innermost: their grids then need no broadcast
-        cost = None if costs is None else costs[part].T.contiguous()
+        cost = None
+        if costs is not None:
+            group = torch.arange(start, min(start + step, len(groups)), device=weight.device)
+            cost = costs[group // (R * G) * G + group % G].T.contiguous()
         scale[part], zero_point[part] = _search_grid(w, qmax, symmetric, shrink, cost)
         codes[part] = to_code(w, scale[part], zero_point[part], qmax).T
     return codes.view(B, R, C), scale.view(B, R, G), zero_point.view(B, R, G)

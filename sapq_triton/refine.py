@@ -11,14 +11,31 @@ from torch import Tensor
 
 from . import ops
 from .codebook import Codebook
-from .hessian import permuted
+from .hessian import PANEL
 from .ops import Backend, Precision
 from .result import dequantize, row_errors
 
 
+def curvature(hessian: Tensor, columns: Tensor) -> Tensor:
+    """H_jk / H_kk in the order of `columns` int64 [B, C], in place of the feedback of a solve.
+
+    [B, C, C], of positive diagonal, column by column in memory, as the reference reads it
+    """
+    B, C, _ = hessian.shape
+    each = torch.arange(B, device=hessian.device)[:, None]
+    out = torch.empty_like(hessian, memory_format=torch.contiguous_format).mT
+    diagonal = hessian.diagonal(dim1=1, dim2=2).gather(1, columns)
+    for start in range(0, C, PANEL):
+        panel = slice(start, start + PANEL)
+        rows = hessian[each, columns[:, panel]]
+        rows = rows.gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))
+        out[:, panel] = rows.div_(diagonal[:, None, :])
+    return out
+
+
 def sweep(
     weight: Tensor,
-    hessian: Tensor,
+    curvature: Tensor,
     quantized: Tensor,
     scale: Tensor,
     zero_point: Tensor,
@@ -33,20 +50,22 @@ def sweep(
         code_k = Q(w_k + sum_{j != k} (w_j - q_j) H_jk / H_kk)
 
     with the new q_j of the columns before k (arXiv 2309.01885, 2406.17542): the loop of
-    `solve_columns` with H for the feedback. weight, quantized [B, R, C], hessian [B, C, C] of
-    positive diagonal, scale, zero_point [B, R, G], columns int64 [B, C], pruned bool [B, R, C] or
-    None: codes that stay the zero point  ->  uint8 [B, R, C]
+    `solve_columns` with H for the feedback. weight, quantized [B, R, C], curvature [B, C, C] in
+    that order, scale, zero_point [B, R, G], columns int64 [B, C], pruned bool [B, R, C] or None:
+    codes that stay the zero point  ->  uint8 [B, R, C]
     """
     B, R, C = weight.shape
     index = columns[:, :, None].expand(B, C, R)
     w, error = (t.mT.gather(1, index).mT for t in (weight, weight - quantized))
-    curvature = permuted(hessian, columns)
-    curvature = curvature / curvature.diagonal(dim1=1, dim2=2)[:, None, :]
-    ahead = w.mT.baddbmm(curvature.tril(-1).mT, error.mT).mT
+    ahead = torch.empty(B, C, R, dtype=w.dtype, device=w.device)
+    for start in range(0, C, PANEL):  # a lower triangle as a whole would be one more matrix
+        panel = slice(start, start + PANEL)
+        below = curvature[:, :, panel].tril(-1 - start)
+        torch.baddbmm(w.mT[:, panel], below.mT, error.mT, out=ahead[:, panel])
     group = columns // (C // scale.shape[2])
     zeros = None if pruned is None else pruned.mT.gather(1, index).mT
     codes, _ = ops.solve_columns(
-        w, ahead, curvature, scale, zero_point, group, qmax, precision, backend, zeros
+        w, ahead.mT, curvature, scale, zero_point, group, qmax, precision, backend, zeros
     )
     return torch.empty_like(codes.mT).scatter_(1, index, codes.mT).mT
 
@@ -92,6 +111,7 @@ def refit_scales(
 def refine(
     weight: Tensor,
     hessian: Tensor,
+    curvature: Tensor,
     codes: Tensor,
     scale: Tensor,
     zero_point: Tensor,
@@ -106,6 +126,7 @@ def refine(
 ) -> tuple[Tensor, Tensor]:
     """`rounds` times a refit of the scales and a sweep; each row keeps the best that it had.
 
+    curvature: of the Hessian in the order of `columns`, see there.
     snap: rounds refitted scales to what a file can hold; None: the grid stays as it is. sparse:
     weights that are zero stay so.
     codes uint8 [B, R, C]  ->  codes, scale. Rows of equal error keep the earlier one.
@@ -120,8 +141,9 @@ def refine(
             scale = snap(refit_scales(weight, hessian, codes, scale, zero_point, qmax))
         quantized = dequantize(codes, scale, zero_point, qmax)
         codes = sweep(
-            weight, hessian, quantized, scale, zero_point, columns, qmax, precision, backend, pruned
-        )
+            weight, curvature, quantized, scale, zero_point, columns, qmax, precision, backend,
+            pruned,
+        )  # fmt: skip
         error = row_errors(weight, hessian, dequantize(codes, scale, zero_point, qmax))
         better = (error < least)[..., None]
         least = error.minimum(least)

@@ -1,6 +1,8 @@
 """What `solve` returns, and how the error of a quantized layer is measured."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ class SolveReport:
     damp: the damping that was used, as a fraction of the mean diagonal.
     dead_columns: number of columns with H_cc = 0, which were rounded to nearest.
     fallback: True where no damping made the problem solvable: rounded to nearest.
+    notes: what was done where memory ran out.
     """
 
     row_error: Tensor | None
@@ -30,6 +33,7 @@ class SolveReport:
     fallback: Tensor
     order: Order
     block: int
+    notes: tuple[str, ...] = ()
 
     @property
     def error(self) -> Tensor:
@@ -103,14 +107,23 @@ def layer_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
     return row_errors(weight.float(), hessian, quantized.float()).sum(-1)
 
 
-def row_errors(weight: Tensor, hessian: Tensor, quantized: Tensor | None = None) -> Tensor:
-    """e H e^T of each row e of W - Q, or W, float64: [..., R, C], [..., C, C]  ->  [..., R]"""
+def row_errors(
+    weight: Tensor,
+    hessian: Tensor,
+    quantized: Tensor | Callable[[Any], Tensor] | None = None,
+) -> Tensor:
+    """e H e^T of each row e of W - Q, or W, float64: [..., R, C], [..., C, C]  ->  [..., R]
+
+    quantized: Q, or what makes Q[rows] of an index `rows`, so that it is never there as a whole.
+    """
     columns = weight.shape[-1]
     step = max(1, max(MEASURED_ELEMENTS, columns**2 // 8) // columns)  # rows at a time
     parts = []
     for start in range(0, weight.shape[-2], step):
         rows = (..., slice(start, start + step), slice(None))
-        error = weight[rows] if quantized is None else weight[rows] - quantized[rows]
+        error = weight[rows]
+        if quantized is not None:
+            error = error - (quantized(rows) if callable(quantized) else quantized[rows])
         error = error.to(hessian.dtype)
         parts.append((error @ hessian).mul_(error).sum(-1, dtype=torch.float64))
     errors = torch.cat(parts, -1)

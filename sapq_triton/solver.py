@@ -18,8 +18,9 @@ Where weights have to be zero, those of T are chosen in its loop, a few columns 
 """
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -27,10 +28,11 @@ from torch import Tensor
 from . import ops, reference
 from .codebook import Codebook
 from .hessian import damped, inverse, ldl, permuted, revive
+from .memory import LEAST, Rows, ran_out
 from .obq import solve_obq
 from .ops import Backend, Precision
 from .order import static_order
-from .refine import refine
+from .refine import curvature, refine
 from .result import SolveReport, SolveResult, dequantize, row_errors
 from .scales import snapped
 from .sparsity import STEP, Sparsity
@@ -105,6 +107,17 @@ def solve(
     sensitivities of their columns place them, or in a static order the mean place of their columns.
     "nearest" prunes by magnitude; "obq" does not prune.
 
+    Memory, in numbers of the dtype of the Hessian and beyond the arguments: k C^2 + m R C, where
+    k is 1, or 2 with `rounds`, and 1 more where columns never fired or the Hessian is not
+    contiguous. On a GPU the inverse of order
+    "sensitivity" takes 2 while it is made. For C = 53,248 that is 11.3 GB for each, as for the
+    Hessian itself. m is about 1.25 candidates in order "sensitivity", 2.5 candidates in the static
+    ones, and 7 in `rounds`, which then come alone.
+    Where memory runs out, what is done row by row is done with half of the rows, and so on. That
+    changes no code with Triton's kernels, nor with the CPU libraries of the tests. What is left of
+    m is 1.25 candidates; all rows decide together on the order "sensitivity" and on a share of
+    zeros. Where this is not enough either, a GPU hands over to the CPU. `report.notes` tells.
+
     Columns whose inputs were always zero (H_cc = 0) are rounded to nearest, and pruned as if their
     inputs were of average size. The same inputs on the same device give the same codes. ValueError
     for wrong shapes, dtypes, devices, or values.
@@ -120,12 +133,78 @@ def solve(
         raise ValueError(f"candidates must be at most {MAX_CANDIDATES}, got {candidates}")
     ops.uses_triton(weight, backend)  # refuses a backend, or a precision, before any work is done
     ops.dot_precision(precision)
+    options: dict[str, Any] = dict(
+        order=order, block=block, sweeps=sweeps, candidates=candidates, rounds=rounds, damp=damp,
+        precision=precision, measure=measure, sparsity=sparsity,
+    )  # fmt: skip
+    tensors = weight.detach(), hessian.detach(), scale, zero_point
+    rows = Rows(least=1 if order == "obq" else LEAST)
+    try:
+        return _solve(*tensors, spec, **options, backend=backend, rows=rows)
+    except Exception as error:
+        if weight.device.type == "cpu" or not ran_out(error):
+            raise
+    return _solve_on_cpu(*tensors, spec, options, rows)
+
+
+def _solve_on_cpu(
+    weight: Tensor,
+    hessian: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    spec: QuantSpec,
+    options: dict[str, Any],
+    tried: Rows,
+) -> SolveResult:
+    """The last resort where a device has too little memory; the result is on that device."""
+    device = weight.device
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    rows = Rows(tried.least)
+    result = _solve(
+        weight.cpu(), hessian.cpu(),
+        None if scale is None else scale.cpu(), None if zero_point is None else zero_point.cpu(),
+        spec, **options, backend="reference", rows=rows,
+    )  # fmt: skip
+    note = f"out of memory on {device}"
+    if tried.failed:
+        note += f", with {', '.join(map(str, tried.failed))} rows at a time"
+    report = replace(result.report, notes=(f"{note}: solved on the CPU", *rows.notes))
+    return _moved(replace(result, report=_moved(report, device)), device)
+
+
+def _moved(record: Any, device: torch.device) -> Any:
+    """A dataclass with its tensors on a device."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return replace(record, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)})
+
+
+def _solve(
+    weight: Tensor,
+    hessian: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    spec: QuantSpec,
+    *,
+    order: Order,
+    block: int,
+    sweeps: int,
+    candidates: int,
+    rounds: int,
+    damp: float,
+    precision: Precision,
+    measure: bool,
+    sparsity: Sparsity | None,
+    backend: Backend,
+    rows: Rows,
+) -> SolveResult:
+    """`solve`, its arguments checked, on one device."""
     batch, columns = weight.shape[:-2], weight.shape[-1]
-    h = hessian.detach()
+    h = hessian if hessian.dtype == torch.float64 else hessian.float()
     # contiguous: products of matrices may sum in another order for other strides
-    h = (h if h.dtype == torch.float64 else h.float()).reshape(-1, columns, columns).contiguous()
+    h = h.reshape(-1, columns, columns).contiguous()
     # problems that share a Hessian are one problem with more rows
-    w = weight.detach().float().reshape(len(h), -1, columns).contiguous()
+    w = weight.float().reshape(len(h), -1, columns).contiguous()
     revived, dead = revive(_moderate(h))
     given = scale is not None
     if spec.scale_search == "absmax" or order == "nearest" or given or spec.share:
@@ -133,35 +212,32 @@ def solve(
     if scale is None:
         if zero_point is not None:
             raise ValueError("zero_point was given without a scale")
-        scale, zero_point = _search(w, revived, spec, order, candidates, damp, backend)
+        scale, zero_point = _search(w, revived, spec, order, candidates, damp, backend, rows)
     else:
         scale, zero_point = _given(w, spec, scale, zero_point)
 
-    solver = _solver(order, block, sweeps, precision, backend, sparsity)
+    # a share of zeros is of all rows together
+    parts = rows if sparsity is None or sparsity.group > 1 else Rows(least=w.shape[1])
+    solver = _solver(order, block, sweeps, precision, backend, sparsity, parts)
     nearest = partial(_solve_nearest, sparsity=sparsity)
-    # the candidates of a row are rows of one problem: they share its factors and its order
-    stacked = w if candidates == 1 else w.repeat(1, candidates, 1)
     codes, ranked, used_damp, fallback = _climb(
-        solver, nearest, stacked, revived, damp, scale, zero_point, spec.levels
+        solver, nearest, w, revived, damp, scale, zero_point, spec.levels
     )
     if order != "nearest" and candidates + rounds > 1:
-        objective = damped(revived, used_damp).float()
-        codes, scale, zero_point = _least(
-            w, objective, codes, scale, zero_point, spec.levels, fallback
-        )
-        snap = partial(snapped, weight=w, zero_point=zero_point, spec=spec)
-        refined = refine(
-            w, objective, codes, scale, zero_point, ranked, spec.levels,
-            rounds=rounds, snap=None if given else snap, sparse=sparsity is not None,
-            precision=precision, backend=backend,
+        snap = None if given else partial(snapped, spec=spec)
+        codes, scale, zero_point = _improve(
+            w, damped(revived, used_damp).float(), codes, scale, zero_point, ranked, spec.levels,
+            fallback, rounds=rounds, snap=snap, sparse=sparsity is not None,
+            precision=precision, backend=backend, rows=rows,
         )  # fmt: skip
-        codes, scale = (
-            torch.where(fallback[:, None, None], old, new)
-            for old, new in zip((codes, scale), refined, strict=True)
-        )
-    quantized = dequantize(codes, scale, zero_point, spec.levels) if measure else None
-    errors = row_errors(w, h, quantized).reshape(weight.shape[:-1]) if measure else None
-    energies = row_errors(w, h).reshape(weight.shape[:-1]) if measure else None
+    errors, energies = None, None
+    if measure:
+
+        def quantized(part: Any) -> Tensor:
+            return dequantize(codes[part], scale[part], zero_point[part], spec.levels)
+
+        errors = row_errors(w, h, quantized).reshape(weight.shape[:-1])
+        energies = row_errors(w, h).reshape(weight.shape[:-1])
 
     def per_problem(value: Tensor) -> Tensor:
         return value.expand(batch) if batch else value.reshape(())
@@ -174,6 +250,7 @@ def solve(
         fallback=per_problem(fallback),
         order=order,
         block=block,
+        notes=rows.notes,
     )
     return SolveResult(
         codes=codes.reshape(weight.shape),
@@ -209,11 +286,15 @@ def _check(
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
     if hessian.device != weight.device:
         raise ValueError(f"hessian is on {hessian.device}, weight on {weight.device}")
-    for name, tensor, used in (("weight", weight, weight.float()), ("hessian", hessian, hessian)):
-        if not used.sum().isfinite() and not (finite := used.isfinite()).all():
+    for name, tensor, dtype in (
+        ("weight", weight, torch.float32), ("hessian", hessian, hessian.dtype),
+    ):  # fmt: skip
+        if tensor.sum(dtype=dtype).isfinite():
+            continue
+        if not (finite := tensor.to(dtype).isfinite()).all():
             where = (~finite).nonzero()[0].tolist()
             value = tensor[tuple(where)].item()
-            raise ValueError(f"{name} must be finite in {used.dtype}, got {value} at {where}")
+            raise ValueError(f"{name} must be finite in {dtype}, got {value} at {where}")
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     if (diagonal < 0).any():
         raise ValueError(f"hessian has a negative diagonal ({diagonal.min().item()}): not X^T X")
@@ -239,7 +320,7 @@ def _check(
 def _skew(matrix: Tensor) -> Tensor:
     """max |H - H^T|, a pair of blocks at a time: a transposed block stays in a CPU's cache."""
     C = matrix.shape[-1]
-    step = 256 if matrix.device.type == "cpu" else C
+    step = 256 if matrix.device.type == "cpu" else 4096
     blocks = [slice(start, start + step) for start in range(0, C, step)]
     return torch.stack([
         (matrix[..., i, j] - matrix[..., j, i].mT).abs_().amax()
@@ -275,6 +356,7 @@ def _search(
     candidates: int,
     damp: float,
     backend: Backend,
+    rows: Rows,
 ) -> tuple[Tensor, Tensor]:
     """The grids to try: weight [B, R, C]  ->  scale, zero_point [B, candidates R, G]"""
     importance = None
@@ -284,7 +366,10 @@ def _search(
     def search(importance: Tensor | None) -> tuple[Tensor, Tensor]:
         group_size = spec.columns_per_group(weight.shape[2])
         grid = group_size, spec.levels, spec.symmetric, spec.shrink
-        _, scale, zero_point = ops.quantize_groups(weight, *grid, importance, backend)
+        scale, zero_point = rows.map(
+            weight.shape[1],
+            lambda part: ops.quantize_groups(weight[:, part], *grid, importance, backend)[1:],
+        )
         if not scale.isfinite().all():
             raise ValueError("weight spans more than float32 can hold; scale it down")
         return scale, zero_point
@@ -345,6 +430,47 @@ def _given(
     return scale, zero_point
 
 
+def _improve(
+    weight: Tensor,
+    hessian: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    columns: Tensor,
+    levels: int | Codebook,
+    fallback: Tensor,
+    *,
+    rounds: int,
+    snap: Callable[..., Tensor] | None,
+    sparse: bool,
+    precision: Precision,
+    backend: Backend,
+    rows: Rows,
+) -> tuple[Tensor, ...]:
+    """The best candidate of each row, refined; but for problems that were rounded to nearest.
+
+    weight [B, R, C], codes and grids [B, candidates R, ...]  ->  codes, scale, zero_point
+    """
+    R = weight.shape[1]
+    best = _least(weight, hessian, codes, scale, zero_point, levels, fallback, rows)
+    if not rounds:
+        return best
+    steps = curvature(hessian, columns)
+
+    def refined(part: slice) -> tuple[Tensor, ...]:
+        w, code, s, z = (t[:, part] for t in (weight, *best))
+        new = refine(
+            w, hessian, steps, code, s, z, columns, levels,
+            rounds=rounds, snap=snap and partial(snap, weight=w, zero_point=z), sparse=sparse,
+            precision=precision, backend=backend,
+        )  # fmt: skip
+        return tuple(
+            torch.where(fallback[:, None, None], *pair) for pair in zip((code, s), new, strict=True)
+        )
+
+    return *rows.map(R, refined), best[2]
+
+
 def _least(
     weight: Tensor,
     hessian: Tensor,
@@ -353,28 +479,33 @@ def _least(
     zero_point: Tensor,
     levels: int | Codebook,
     fallback: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    rows: Rows,
+) -> tuple[Tensor, ...]:
     """Of the candidates of each row the one of least error, the first of equals.
 
     weight [B, R, C], hessian [B, C, C], codes and grids [B, candidates R, ...], fallback bool [B]
     """
-    B, R, _ = weight.shape
+    R = weight.shape[1]
     stacked = [t.unflatten(1, (-1, R)) for t in (codes, scale, zero_point)]
-    errors = [
-        row_errors(weight, hessian, dequantize(c, s, z, levels))
-        for c, s, z in zip(*(t.unbind(1) for t in stacked), strict=True)
-    ]
-    best = torch.stack(errors, 1).argmin(1).masked_fill(fallback[:, None], 0)
-    picked = (
-        t.take_along_dim(best[:, None, :, None].expand(B, 1, R, t.shape[3]), 1)[:, 0]
-        for t in stacked
-    )
-    codes, scale, zero_point = picked
-    return codes, scale, zero_point
+
+    def picked(part: slice) -> tuple[Tensor, ...]:
+        candidates = [t[:, :, part] for t in stacked]
+        errors = [
+            row_errors(weight[:, part], hessian, dequantize(c, s, z, levels))
+            for c, s, z in zip(*(t.unbind(1) for t in candidates), strict=True)
+        ]
+        best = torch.stack(errors, 1).argmin(1).masked_fill(fallback[:, None], 0)
+        index = best[:, None, :, None]
+        return tuple(
+            t.take_along_dim(index.expand(-1, 1, -1, t.shape[3]), 1)[:, 0] for t in candidates
+        )
+
+    return rows.map(R, picked)
 
 
-# weight [B, R, C], hessian [B, C, C], damp, scale, zero_point [B, R, G], qmax
-# -> codes uint8 [B, R, C], order of columns int64 [B, C], solved bool [B]
+# weight [B, R, C], hessian [B, C, C], damp, scale, zero_point [B, N, G], qmax
+# -> codes uint8 [B, N, C], order of columns int64 [B, C], solved bool [B]
+# N = candidates R: those of a row are rows of one problem, which share its factors and its order
 Solved = tuple[Tensor, Tensor, Tensor]
 Solver = Callable[[Tensor, Tensor, float, Tensor, Tensor, int | Codebook], Solved]
 
@@ -386,19 +517,27 @@ def _solver(
     precision: Precision,
     backend: Backend,
     sparsity: Sparsity | None,
+    rows: Rows,
 ) -> Solver:
     if order == "nearest":
         return partial(_solve_nearest, sparsity=sparsity)
     if order == "obq":
-        return partial(_solve_greedy, block=block, precision=precision, backend=backend)
+        return partial(_solve_greedy, block=block, precision=precision, backend=backend, rows=rows)
     if order == "sensitivity":
         return partial(
             _solve_reranked, block=block, sweeps=sweeps, precision=precision, backend=backend,
-            sparsity=sparsity,
+            sparsity=sparsity, rows=rows,
         )  # fmt: skip
     return partial(
-        _solve_static, order=order, precision=precision, backend=backend, sparsity=sparsity
-    )
+        _solve_static, order=order, precision=precision, backend=backend, sparsity=sparsity,
+        rows=rows,
+    )  # fmt: skip
+
+
+def _repeated(weight: Tensor, scale: Tensor) -> Tensor:
+    """A weight [B, R, C] for each candidate among the grids [B, N, G]: [B, N, C]"""
+    candidates = scale.shape[1] // weight.shape[1]
+    return weight if candidates == 1 else weight.repeat(1, candidates, 1)
 
 
 def _climb(
@@ -421,20 +560,24 @@ def _climb(
     left = (~solved).nonzero()[:, 0]
     if len(left):
         columns = columns.clone()
+
+    def again(solver: Solver, damp: float) -> Solved:
+        """What is left; no copies are made where that is all."""
+        w, h, s, z = (
+            t if len(left) == len(t) else t[left] for t in (weight, hessian, scale, zero_point)
+        )
+        return solver(w, h, damp, s, z, qmax)
+
     for factor in DAMP_LADDER:
         if len(left) == 0:
             break
         rung = max(damp, SMALLEST_RETRY) * factor
-        codes[left], columns[left], solved = solver(
-            weight[left], hessian[left], rung, scale[left], zero_point[left], qmax
-        )
+        codes[left], columns[left], solved = again(solver, rung)
         used[left] = rung
         left = left[~solved]
     if len(left):
         fallback[left] = True
-        codes[left], columns[left], _ = nearest(
-            weight[left], hessian[left], damp, scale[left], zero_point[left], qmax
-        )
+        codes[left], columns[left], _ = again(nearest, damp)
     return codes, columns, used, fallback
 
 
@@ -449,6 +592,7 @@ def _solve_nearest(
     sparsity: Sparsity | None,
 ) -> Solved:
     """Round to nearest, blind to the Hessian: the baseline, and the last resort."""
+    weight = _repeated(weight, scale)
     natural = torch.arange(weight.shape[2], device=weight.device).expand(len(weight), -1)
     if sparsity is not None:  # by magnitude
         weight = weight.masked_fill(sparsity.cheapest(weight.abs(), natural, 0), 0)
@@ -470,26 +614,42 @@ def _solve_static(
     precision: Precision,
     backend: Backend,
     sparsity: Sparsity | None,
+    rows: Rows,
 ) -> Solved:
     """One factorization, then the error-feedback loop over all columns in a fixed order."""
     B, R, C = weight.shape
-    columns, ranked = static_order(order, weight, hessian, damp, scale, zero_point, qmax, backend)
+    columns, ranked = static_order(
+        order, _repeated(weight, scale) if order == "sensitivity-static" else weight,
+        hessian, damp, scale, zero_point, qmax, backend,
+    )  # fmt: skip
     if sparsity is not None:
         columns = columns.gather(1, sparsity.in_steps(columns))
     as_it_is = order == "natural" and sparsity is None
     factor, pivots, solved = ldl(hessian, damp, None if as_it_is else columns)
-    feedback = factor.float()
-    index = columns[:, :, None].expand(B, C, R)
-    w = weight.mT.gather(1, index).mT  # rows innermost: a column of all rows is contiguous
-    grid = (scale, zero_point, columns // (C // scale.shape[2]), qmax)
-    if sparsity is None:
-        codes, error = ops.solve_columns(w, w, feedback, *grid, precision, backend)
-    else:
-        codes, error, _ = _prune_and_solve(
-            w, feedback, pivots.float(), *grid, precision, backend, sparsity, columns, 0
-        )
-    solved = solved & ranked & _finite(error.mT)
-    return torch.empty_like(codes.mT).scatter_(1, index, codes.mT).mT, columns, solved
+    feedback, solved = factor.float(), solved & ranked
+    del factor
+    each = torch.arange(B, device=weight.device)[:, None]
+
+    def part_of(part: slice) -> tuple[Tensor]:
+        now = weight
+        if (part.start, part.stop) != (0, R):  # of some rows, or of several candidates
+            now = weight[:, torch.arange(part.start, part.stop, device=weight.device) % R]
+        w = now.mT[each, columns].mT  # rows innermost: a column of all rows is contiguous
+        del now
+        grid = (scale[:, part], zero_point[:, part], columns // (C // scale.shape[2]), qmax)
+        if sparsity is None:
+            codes, error = ops.solve_columns(w, w, feedback, *grid, precision, backend)
+        else:
+            codes, error, _ = _prune_and_solve(
+                w, feedback, pivots.float(), *grid, precision, backend, sparsity, columns, 0
+            )
+        solved.logical_and_(_finite(error.mT))
+        original = torch.empty_like(codes.mT)
+        original[each, columns] = codes.mT
+        return (original.mT,)
+
+    (codes,) = rows.map(scale.shape[1], part_of)
+    return codes, columns, solved
 
 
 def _prune_and_solve(
@@ -547,6 +707,7 @@ def _solve_reranked(
     precision: Precision,
     backend: Backend,
     sparsity: Sparsity | None,
+    rows: Rows,
 ) -> Solved:
     """Tile after tile: rank the remaining columns, quantize the most sensitive, update the rest."""
     B, R, C = weight.shape
@@ -556,9 +717,10 @@ def _solve_reranked(
     a, solved = inverse(hessian, damp)
     a = a.float()
     # what is quantized lies in front of `start`, in order; what remains, behind it
-    w = weight.mT.clone(memory_format=torch.contiguous_format)  # [B, C, R]
+    w = weight.mT.repeat(1, 1, scale.shape[1] // R)  # [B, C, N]
     columns = torch.arange(C, device=w.device).repeat(B, 1)
-    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)  # in the original order
+    each = torch.arange(B, device=w.device)[:, None]
     sensitivity = ops.column_sensitivity(
         w.mT, scale, zero_point, columns // group_size, a.diagonal(dim1=1, dim2=2), qmax, backend
     )
@@ -580,34 +742,65 @@ def _solve_reranked(
         lower, info = torch.linalg.cholesky_ex(a[:, tile, tile])  # A_TT = L L^T = U^T U
         identity = torch.eye(end - start, device=w.device).expand_as(lower)
         root = torch.linalg.solve_triangular(lower, identity, upper=False).mT  # U^-1
-        now, curvature = w[:, tile].mT, _by_diagonal(root @ root.mT)  # the latter: A_TT^-1
-        grid = (scale, zero_point, columns[:, tile] // group_size, qmax)
-        feedback, pruned = _by_diagonal(root), None
-        if sparsity is None:
-            code, error = ops.solve_columns(now, now, feedback, *grid, precision, backend)
-        else:
-            pivots = root.diagonal(dim1=1, dim2=2).square()
-            code, error, pruned = _prune_and_solve(
-                now, feedback, pivots, *grid, precision, backend, sparsity, columns[:, tile], start
-            )
-        for _ in range(sweeps if end - start > 1 else 0):
-            # the same loop again; the columns ahead stand where the last pass put them
-            ahead = now.mT.baddbmm(curvature.tril(-1).mT, error.mT).mT
-            code, error = ops.solve_columns(
-                now, ahead, curvature, *grid, precision, backend, pruned
-            )
-        codes[:, tile] = code.mT
+        code, error = rows.map(
+            w.shape[2],
+            partial(
+                _solve_tile, w[:, tile].mT, root, scale, zero_point,
+                columns[:, tile] // group_size, qmax, columns=columns[:, tile],
+                sweeps=sweeps if end - start > 1 else 0, start=start,
+                precision=precision, backend=backend, sparsity=sparsity,
+            ),
+        )  # fmt: skip
+        codes[each, columns[:, tile]] = code.mT
         solved = solved & (info == 0) & _finite(error.mT)
         if end < C:
-            rows = root.mT @ a[:, tile, behind]
+            v = root.mT @ a[:, tile, behind]
             cost = ops.compensate(
-                w[:, behind].mT, error @ root, rows,
+                w[:, behind].mT, error @ root, v,
                 scale, zero_point, columns[:, behind] // group_size, qmax, precision, backend,
             )  # fmt: skip
-            ops.downdate(a[:, behind, behind], rows, precision, backend)
+            ops.downdate(a[:, behind, behind], v, precision, backend)
             sensitivity = cost / a[:, behind, behind].diagonal(dim1=1, dim2=2)
-    index = columns[:, :, None].expand(B, C, R)
-    return torch.empty_like(codes).scatter_(1, index, codes).mT, columns, solved
+        del code, error  # else they stay until the next tile is done
+    return codes.mT, columns, solved
+
+
+def _solve_tile(
+    weight: Tensor,
+    root: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor,
+    qmax: int | Codebook,
+    rows: slice,
+    *,
+    columns: Tensor,
+    sweeps: int,
+    start: int,
+    precision: Precision,
+    backend: Backend,
+    sparsity: Sparsity | None,
+) -> tuple[Tensor, Tensor]:
+    """Error feedback over the columns of a tile, then coordinate descent, for some rows.
+
+    weight [B, N, T], root [B, T, T] of A_TT^-1 = root root^T, group, columns int64 [B, T]; start:
+    columns before these  ->  codes uint8 [B, rows, T], error
+    """
+    now, grid = weight[:, rows], (scale[:, rows], zero_point[:, rows], group, qmax)
+    feedback, pruned = _by_diagonal(root), None
+    if sparsity is None:
+        code, error = ops.solve_columns(now, now, feedback, *grid, precision, backend)
+    else:
+        pivots = root.diagonal(dim1=1, dim2=2).square()
+        code, error, pruned = _prune_and_solve(
+            now, feedback, pivots, *grid, precision, backend, sparsity, columns, start
+        )
+    curvature = _by_diagonal(root @ root.mT)
+    for _ in range(sweeps):
+        # the same loop again; the columns ahead stand where the last pass put them
+        ahead = now.mT.baddbmm(curvature.tril(-1).mT, error.mT).mT
+        code, error = ops.solve_columns(now, ahead, curvature, *grid, precision, backend, pruned)
+    return code, error
 
 
 def _by_curvature(inverse: Tensor) -> Tensor:
@@ -637,9 +830,20 @@ def _solve_greedy(
     block: int,
     precision: Precision,
     backend: Backend,
+    rows: Rows,
 ) -> Solved:
     """Exact OBQ; it has no order of columns, so the natural one stands in its place."""
     a, solved = inverse(hessian, damp)
-    codes, finite = solve_obq(weight, a.float(), scale, zero_point, qmax, block, precision, backend)
+    codes, finite = solve_obq(
+        _repeated(weight, scale),
+        a.float(),
+        scale,
+        zero_point,
+        qmax,
+        block,
+        precision,
+        backend,
+        rows,
+    )
     natural = torch.arange(weight.shape[2], device=weight.device).expand(len(weight), -1)
     return codes, natural, solved & finite

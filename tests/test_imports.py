@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "ops": {"codebook", "reference", "packing", "window", "kernels"},
     "hessian": {"finite", "ops", "window"},
     "order": {"codebook", "ops", "spec", "hessian"},
-    "obq": {"codebook", "ops", "tile"},
+    "memory": set(),
+    "obq": {"codebook", "memory", "ops", "tile"},
     "result": {"codebook", "reference", "spec"},
     "scales": {"codebook", "reference", "spec"},
     "packing": set(),
@@ -31,6 +32,7 @@ MAY_IMPORT = {
     "solver": {
         "codebook",
         "hessian",
+        "memory",
         "obq",
         "ops",
         "order",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sapq_triton import QuantSpec, ops, reference, solve
 from sapq_triton.hessian import damped
-from sapq_triton.refine import refine, refit_scales, sweep
+from sapq_triton.refine import curvature, refine, refit_scales, sweep
 from sapq_triton.result import dequantize, row_errors
 
 B, R, C, G, QMAX = 2, 5, 24, 3, 7
@@ -39,8 +39,8 @@ def swept(problem: dict[str, Tensor], backend: ops.Backend = "reference") -> Ten
     p = problem
     quantized = value(p["codes"], p["scale"], p["zero_point"])
     return sweep(
-        p["weight"], p["hessian"], quantized, p["scale"], p["zero_point"], p["columns"], QMAX,
-        "ieee", backend,
+        p["weight"], curvature(p["hessian"], p["columns"]), quantized,
+        p["scale"], p["zero_point"], p["columns"], QMAX, "ieee", backend,
     )  # fmt: skip
 
 
@@ -131,8 +131,10 @@ def test_refit_leaves_a_group_of_zeros_and_refuses_negative_scales(
 
 def refined(problem: dict[str, Tensor], rounds: int, snap: Any) -> tuple[Tensor, Tensor]:
     p = {k: t.float() if t.is_floating_point() else t for k, t in problem.items()}
+    steps = curvature(p["hessian"], p["columns"])
     return refine(
-        p["weight"], p["hessian"], p["codes"], p["scale"], p["zero_point"], p["columns"], QMAX,
+        p["weight"], p["hessian"], steps, p["codes"],
+        p["scale"], p["zero_point"], p["columns"], QMAX,
         rounds=rounds, snap=snap, precision="ieee", backend="auto",
     )  # fmt: skip
 
