@@ -27,8 +27,11 @@ def ran_out(error: BaseException) -> bool:
 class Rows:
     """How many rows are worked on at a time: all of them, until memory runs out.
 
-    least: rows that are not halved again. failed: numbers of rows that were too many.
+    least: rows that are not halved again. failed: numbers of rows that were too many. shared: with
+    other processes, which would not come to the CPU.
     """
+
+    shared = False
 
     def __init__(self, least: int = LEAST) -> None:
         self.failed: list[int] = []
@@ -65,10 +68,10 @@ class Rows:
             else:
                 start += size
             # behind the handler nothing keeps the tensors of a failed call alive
-        return parts[0] if len(parts) == 1 else tuple(map(_joined, zip(*parts, strict=True)))
+        return parts[0] if len(parts) == 1 else tuple(map(joined, zip(*parts, strict=True)))
 
 
-def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+def joined(parts: tuple[Tensor, ...]) -> Tensor:
     """All rows, in memory as the parts are: with rows or columns innermost. Sums depend on it."""
     if parts[0].is_contiguous():
         return torch.cat(parts, 1)

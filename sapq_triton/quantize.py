@@ -646,10 +646,12 @@ class _Run:
             ridge, fraction = trust.ridge, trust.fraction
             weights = [drifted(w.float(), hessian, drift, ridge, fraction) for w in weights]
         options = self.options | {"damp": trust.damp, "window": window}
+        shared = partial(self.ranks.shared_rows, hessian)
         if spec.share:  # of each layer, not of all together
-            parts = [solve(w, hessian, spec, **options) for w in weights]
+            parts = [solve(w, hessian, spec, **options, rows=shared(w)) for w in weights]
         else:
-            parts = split_rows(solve(torch.cat(weights, 1), hessian, spec, **options), rows)
+            w = torch.cat(weights, 1)
+            parts = split_rows(solve(w, hessian, spec, **options, rows=shared(w)), rows)
         seconds = (time.perf_counter() - started) / sum(rows)
         fraction = trust.fraction if drift is not None else 0.0
         with self.stopwatch.stage("rounding to nearest, to compare"):

@@ -4,12 +4,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .hessian import HessianSum
+from .memory import Rows, joined
 
 T = TypeVar("T")
+
+
+SHARED = 2**26  # R C^2 of a solve that is worth telling each other of
 
 
 class Ranks:
@@ -71,12 +76,21 @@ class Ranks:
             self.gather(None)
         self.gather(None)
 
+    def shared_rows(self, hessian: Tensor, weight: Tensor) -> Rows | None:
+        """For a solve that all make: None where each is to work on all rows by itself.
+
+        weight [B, R, C], hessian [B, C, C]: a small one takes longer to tell of than to solve.
+        """
+        large = weight.shape[1] * hessian.numel() >= SHARED
+        return SharedRows(self, weight.device) if self.size > 1 and large else None
+
     def broadcast(self, tensors: Iterable[Tensor | None], source: int) -> None:
         """The values of one process, in place."""
         if self.size > 1:
             for tensor in tensors:
-                if tensor is not None:
-                    dist.broadcast(tensor, source)
+                if tensor is not None:  # gloo knows no bool
+                    plain = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+                    dist.broadcast(plain, source)
 
     def sum(self, sums: Mapping[int, HessianSum], empty: HessianSum) -> HessianSum:
         """What all processes have summed, added to an empty sum in the order of the keys.
@@ -93,3 +107,46 @@ class Ranks:
             self.broadcast((part.total, part.sums, part.drifts), rank)
             empty.merge(part)
         return empty
+
+
+class SharedRows(Rows):
+    """Each process works on its part of the rows, and tells the others what it has made of them.
+
+    What is summed over rows is made of the same numbers by all.
+    """
+
+    shared = True
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        super().__init__()
+        self._ranks, self._device = ranks, device
+
+    def map(
+        self, total: int, work: Callable[[slice], tuple[Tensor, ...]], most: int | None = None
+    ) -> tuple[Tensor, ...]:
+        """As `Rows.map`; parts end at multiples of `least`, which the bits do not depend on."""
+        rank, size = self._ranks.rank, self._ranks.size
+        units = -(-total // self.least)
+        ends = [min(total, units * n // size * self.least) for n in range(size + 1)]
+        start, count = ends[rank], ends[rank + 1] - ends[rank]
+        own: tuple[Tensor, ...] = ()
+        if count:
+            shifted = lambda part: work(slice(start + part.start, start + part.stop))
+            own = super().map(count, shifted, most)
+        # transposed tensors stay so: what is computed of them depends on it
+        kinds = self._ranks.gather([(t.shape, t.dtype, t.is_contiguous()) for t in own])
+        parts = []
+        for source, kind in enumerate(kinds):
+            if not kind:
+                continue
+            tensors = []
+            for number, (shape, dtype, in_rows) in enumerate(kind):
+                if source == rank:
+                    plain = own[number] if in_rows else own[number].mT.contiguous()
+                else:
+                    form = shape if in_rows else (*shape[:-2], shape[-1], shape[-2])
+                    plain = torch.empty(form, dtype=dtype, device=self._device)
+                self._ranks.broadcast([plain], source)
+                tensors.append(plain if in_rows else plain.mT)
+            parts.append(tuple(tensors))
+        return parts[0] if len(parts) == 1 else tuple(map(joined, zip(*parts, strict=True)))

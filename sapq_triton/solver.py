@@ -64,6 +64,7 @@ def solve(
     precision: Precision = "tf32x3",
     measure: bool = True,
     backend: Backend = "auto",
+    rows: Rows | None = None,
 ) -> SolveResult:
     """Quantize one weight matrix, or a batch of them, with the least output error the order allows.
 
@@ -100,6 +101,8 @@ def solve(
         than 1e-4, tf32 1 in 300, and layer errors by -0.3 to +0.4 %, 0 on average
         (`python -m benchmarks.accuracy.precision`, which imitates the arithmetic on a CPU).
     measure: also compute the errors of the report, which takes two products of R x C by C x C.
+    rows: who works on which rows: `ranks.SharedRows` where several processes make this call with
+        the same arguments, and get the same result. Here on all of them by default.
 
     With `spec.sparsity` the weights that become zero are chosen on the way. A share of them goes in
     every few columns, over all rows: exactly round(share * R * C) of each problem, beside those
@@ -138,11 +141,11 @@ def solve(
         precision=precision, measure=measure, sparsity=sparsity,
     )  # fmt: skip
     tensors = weight.detach(), hessian.detach(), scale, zero_point
-    rows = Rows(least=1 if order == "obq" else LEAST)
+    rows = rows or Rows(least=1 if order == "obq" else LEAST)
     try:
         return _solve(*tensors, spec, **options, backend=backend, rows=rows)
     except Exception as error:
-        if weight.device.type == "cpu" or not ran_out(error):
+        if weight.device.type == "cpu" or rows.shared or not ran_out(error):
             raise
     return _solve_on_cpu(*tensors, spec, options, rows)
 
@@ -630,7 +633,7 @@ def _solve_static(
     del factor
     each = torch.arange(B, device=weight.device)[:, None]
 
-    def part_of(part: slice) -> tuple[Tensor]:
+    def part_of(part: slice) -> tuple[Tensor, ...]:
         now = weight
         if (part.start, part.stop) != (0, R):  # of some rows, or of several candidates
             now = weight[:, torch.arange(part.start, part.stop, device=weight.device) % R]
@@ -643,13 +646,13 @@ def _solve_static(
             codes, error, _ = _prune_and_solve(
                 w, feedback, pivots.float(), *grid, precision, backend, sparsity, columns, 0
             )
-        solved.logical_and_(_finite(error.mT))
         original = torch.empty_like(codes.mT)
         original[each, columns] = codes.mT
-        return (original.mT,)
+        finite = _finite(error.mT)[:, None, None].expand(-1, codes.shape[1], 1)
+        return original.mT, finite.contiguous()
 
-    (codes,) = rows.map(scale.shape[1], part_of)
-    return codes, columns, solved
+    codes, finite = rows.map(scale.shape[1], part_of)
+    return codes, columns, solved & finite.all(1)[:, 0]
 
 
 def _prune_and_solve(

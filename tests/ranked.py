@@ -48,13 +48,25 @@ def bits(model: nn.Module, report: Report) -> dict[str, Any]:
     }
 
 
+def wide() -> tuple[nn.Module, list[Any]]:
+    """A layer whose rows are shared, and whose parts are not of one size."""
+    return nn.Sequential(nn.Linear(512, 300), nn.ReLU(), nn.Linear(300, 8)), list(
+        torch.randn(5, 200, 512).unbind()
+    )
+
+
+ALL = {**MODELS, "wide": wide}
+
+
 def results(distributed: bool, names: list[str]) -> dict[str, Any]:
     found = {}
     for name, preset, replay in product(names, ("best", "fast"), (False, True)):
+        if replay and name == "wide":
+            continue  # takes long
         if replay and name.startswith(("parting", "missing")):
             continue  # what several processes refuse
         torch.manual_seed(0)
-        model, batches = MODELS[name]()
+        model, batches = ALL[name]()
         report = quantize(
             model, batches, SPEC, preset=preset, replay=replay, progress=False,  # type: ignore[arg-type]
             distributed=distributed, deterministic=True,
@@ -124,7 +136,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     if sys.argv[1] == "models":
-        models(int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:] or [*MODELS])
+        models(int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:] or [*ALL])
     else:
         source, text, out = map(Path, sys.argv[3:6])
         folder(int(sys.argv[2]), source, text, out, int(sys.argv[6]))

@@ -49,12 +49,12 @@ def compare(out: Path, counts: tuple[int, ...], names: list[str]) -> None:
 
 
 def test_two_and_three_processes_come_to_the_bits_of_one(tmp_path: Path) -> None:
-    compare(tmp_path, (2, 3), ["convolutions", "ways", "parting-first"])
+    compare(tmp_path, (2, 3), ["convolutions", "ways", "parting-first", "wide"])
 
 
 @pytest.mark.slow
 def test_every_model_by_one_to_four_processes(tmp_path: Path) -> None:
-    compare(tmp_path, (1, 2, 3, 4), [*MODELS])
+    compare(tmp_path, (1, 2, 3, 4), [*MODELS, "wide"])
 
 
 @pytest.fixture
@@ -115,6 +115,15 @@ def test_torchrun(source: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("gptq, 0.2 MB of 0.7 MB") == 1  # one of them tells
     assert json.loads((tmp_path / "out" / "report.json").read_text())["options"]["processes"] == 2
+
+
+def test_rows_of_large_solves_are_shared() -> None:
+    ranks = Ranks()
+    assert ranks.shared_rows(torch.eye(1024)[None], torch.ones(1, 1024, 1024)) is None  # alone
+    ranks.size = 2
+    rows = ranks.shared_rows(torch.eye(512)[None], torch.ones(1, 300, 512))
+    assert rows is not None and rows.shared
+    assert ranks.shared_rows(torch.eye(64)[None], torch.ones(1, 300, 64)) is None
 
 
 def test_without_a_group() -> None:
