@@ -104,8 +104,8 @@ def soak(run: Callable[[Path, int], None], folder: Path, warm: int, runs: int) -
 
 
 def assert_flat(grown: dict[str, int], runs: int) -> None:
-    """By less than one small thing in a run. safetensors 0.8 keeps an integer or two, 30 bytes each,
-    of every tensor that it reads: 4 KiB in a run.
+    """By less than one small thing in a run. safetensors 0.8 itself keeps an integer or two of each
+    tensor that it reads, 30 bytes each: 4 KiB in a run.
     """
     assert grown["threads"] <= 0 and grown["files"] <= 0 and grown["tensors"] <= 0
     assert grown["objects"] < runs
