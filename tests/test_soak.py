@@ -138,7 +138,7 @@ ended = threading.Event()
         lambda: kept.append(torch.zeros(1)),
         lambda: kept.append(open("/dev/null")),  # noqa: SIM115
         lambda: threading.Thread(target=ended.wait, daemon=True).start(),
-        lambda: kept.append(bytearray(2**14)),
+        lambda: kept.append(b"x" * 2**20),
         lambda: kept.append({"a": []}),
     ],
     ids=["tensor", "file", "thread", "memory", "object"],
