@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sapq_triton import QuantSpec, load, save
 from sapq_triton.formats import FORMATS
-from sapq_triton.formats.folder import sha256, write_manifest
+from sapq_triton.formats.folder import raw, sha256, write_manifest
 from tests.tiny import (
     COLUMNS,
     ROWS,
@@ -713,6 +713,16 @@ def test_a_change_of_the_manifest_is_found(tmp_path: Path) -> None:
             load(tmp_path / "net", nn.Sequential(nn.Linear(8, 32)))
     path.write_text(json.dumps(json.loads(content), indent=4, sort_keys=True))
     load(tmp_path / "net", nn.Sequential(nn.Linear(8, 32)))
+
+
+def test_bytes_of_one_element_whatever_its_strides() -> None:
+    """Contiguous to PyTorch, but `view` as bytes fails: layers of one row and column have these."""
+    for shape in ((1, 1), (1,), ()):
+        row = torch.tensor([5, 7, 9], dtype=torch.int32)
+        one = row.as_strided(shape, (3,) * len(shape), storage_offset=1)
+        assert one.is_contiguous() and raw(one).tolist() == [7, 0, 0, 0]
+    wide = torch.arange(6, dtype=torch.int16).view(2, 3).T
+    assert raw(wide).tolist() == raw(wide.contiguous()).tolist()
 
 
 def test_a_file_that_no_save_wrote_is_not_read(tmp_path: Path) -> None:
