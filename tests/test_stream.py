@@ -37,7 +37,9 @@ def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def whole(source: Path, output_layer: bool = False, **options: Any) -> dict[str, Tensor]:
+def whole(
+    source: Path, output_layer: bool = False, skip: tuple[str, ...] = ("lm_head",), **options: Any
+) -> dict[str, Tensor]:
     """What `quantize` makes of the model in memory, with the same calibration."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,7 +49,7 @@ def whole(source: Path, output_layer: bool = False, **options: Any) -> dict[str,
     body = (lambda model: model) if output_layer else (lambda model: model.base_model)
     quantize(
         model, batches, QuantSpec(4, 32, True, scale_dtype="float16"), pack=True, progress=False,
-        skip=[] if output_layer else ["lm_head"],
+        skip=[] if output_layer else skip,
         forward=lambda model, batch: body(model)(input_ids=batch, use_cache=False), **options,
     )  # fmt: skip
     return packed_tensors(model)
@@ -127,14 +129,18 @@ def test_the_output_layer_comes_last(tmp_path: Path, text: Path, spill: bool) ->
 
 def test_blocks_without_a_layer_to_quantize(tmp_path: Path, text: Path) -> None:
     save_llama(tmp_path / "model", dtype=torch.float32, num_hidden_layers=3)
-    skip = ["lm_head", "model.layers.1.*", "*.0.*q_proj"]
+    skip = ("lm_head", "model.layers.1.*", "*.0.*q_proj")
+    expected = whole(tmp_path / "model", skip=skip)
     report = quantize_folder(
         tmp_path / "model", tmp_path / "out", text, format="sapq", skip=skip, **SMALL
     )
     names = {layer.name for layer in report.layers}
     assert len(names) == 7 + 6 and not any(".1." in name for name in names)
     assert report.skipped["model.layers.1.mlp.up_proj"] == "as asked"
-    assert load(tmp_path / "out")
+    found = packed_tensors(load(tmp_path / "out"))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
