@@ -237,6 +237,18 @@ def test_a_job_of_another_version_is_refused(tmp_path: Path) -> None:
     assert (job / JOB).exists()
 
 
+def test_what_a_killed_process_left_unfinished_is_gone(
+    source: Path, interrupted: Callable[..., Path]
+) -> None:
+    job = interrupted(1)
+    about = json.loads((job / JOB).read_text())["about"]
+    for left in ("activations-00002", "part-00001", ".part-00001.partial"):
+        (job / left).mkdir()
+        (job / left / "00000-original.safetensors").write_bytes(b"half")
+    with open_job(source.parent / "out", about):
+        assert {path.name for path in job.iterdir()} == {JOB, "part-00000", "activations-00001"}
+
+
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_activations_come_back_as_they_were(tmp_path: Path, in_memory: bool) -> None:
     here = Activations(tmp_path / "a", in_memory)
@@ -244,6 +256,7 @@ def test_activations_come_back_as_they_were(tmp_path: Path, in_memory: bool) -> 
     here.write(0, "quantized", x)
     assert torch.equal(here.read(0, "original"), x) and not here.has(0, "original")
     here.write(0, "original", y)
+    x, y = x.clone(), y.clone()
     for each in (here, Activations(tmp_path / "a", not in_memory)):
         here.flush()
         read = each.read(0, "original")
