@@ -3,6 +3,8 @@
 H = 2/n X^T X over the n input rows of a layer (Frantar & Alistarh 2022, arXiv 2208.11580).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -103,6 +105,36 @@ class HessianSum:
             total, drift = total.clone(), drift if drift is None else drift.clone()
         factor = 2 / max(self.rows, 1)
         return _mirror_(total).mul_(factor), drift if drift is None else drift.mul_(factor)
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What inputs a layer of an expert would have, were it the only one: the Hessian [B, C, C] of
+    `rows`, of the tokens of all `members` experts of the block, in the untouched model.
+    """
+
+    hessian: Tensor
+    rows: int
+    members: int
+
+    @property
+    def counts(self) -> int:
+        """k, the rows that it stands for: as many as a Hessian needs to have full rank."""
+        return self.hessian.shape[1]
+
+    def note(self, rows: int) -> str:
+        return (
+            f"{rows} rows for {self.counts} columns: the Hessian of {self.members} experts, of "
+            f"{self.rows} rows, counts as {self.counts} more"
+        )
+
+    def joined(
+        self, hessian: Tensor, drift: Tensor | None, rows: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """(n H + k H_prior) / (n + k) and n / (n + k) D, n rows, in place of H and D."""
+        share = rows / (rows + self.counts)
+        hessian.mul_(share).add_(self.hessian.to(hessian), alpha=1 - share)
+        return hessian, None if drift is None else drift.mul_(share)
 
 
 def _mirror_(lower: Tensor) -> Tensor:

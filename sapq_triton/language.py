@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import layers
 from .blockwise import Blockwise
+from .experts import unfuse
 from .formats import find_format
 from .formats.folder import CONFIG, optional, read_json, refuse_foreign, sha256
 from .formats.job import Job, open_job
@@ -106,6 +107,8 @@ def quantize_folder(
         source, dtype="auto", use_safetensors=True, **local
     ).eval()
     _check_tokens(model, sequences)
+    if format == "sapq":
+        unfuse(model)
     own = model.dtype if dtype == "auto" else getattr(torch, dtype)
     if format == "compressed-tensors":
         scale_dtype: Any = str(own).removeprefix("torch.")

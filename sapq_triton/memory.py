@@ -1,9 +1,10 @@
 """Work on the rows of a weight in smaller parts where memory runs out.
 
 Rows meet only in what is summed over them: the order of columns, a share of zeros. All else is done
-row by row, and a part of the rows gives what all of them would: bit for bit with Triton kernels,
+row by row, and a part of the rows gives what all of them would: to the bit in Triton's kernels,
 whose sums for a row do not know the other rows. Products by PyTorch and NumPy are up to their
-libraries, whose vector loops end at the same rows where parts are multiples of LEAST.
+libraries: on a CPU the tests hold them to the bit, as vector loops end at the same rows where parts
+are multiples of LEAST.
 """
 
 from collections.abc import Callable

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -25,7 +25,7 @@ from .baseline import against_nearest
 from .calibrate import Action, BatchMoments, ChannelMoments, Lockstep, Place, Replay
 from .finite import check_finite, check_parts
 from .forward import Forward, feed, to_device, undisturbed
-from .hessian import HessianSum, drifted
+from .hessian import HessianSum, Prior, drifted
 from .layers import Layer
 from .machine import Stopwatch, environment, peak_memory
 from .ops import Backend, Precision, uses_triton
@@ -45,6 +45,7 @@ from .targets import (
     Station,
     Target,
     VersionedRef,
+    find_experts,
     find_leaders,
     find_targets,
     split_rows,
@@ -145,6 +146,12 @@ def quantize(
     sharing a weight, are solved once, on inputs of the full-precision model. All of this is noted
     in the report. ValueError for bad arguments, before anything is changed; after an exception the
     model is as it was.
+
+    An expert of a mixture, a module named experts.3 or the like, may see few tokens: a layer of it
+    that gets fewer rows than it has columns, or none, is solved on its Hessian and, as C more rows,
+    on that which it has when the expert runs on the tokens of all (`hessian.Prior`). Such layers
+    keep that matrix until they are solved. Experts in one tensor, as transformers 5 has them, are
+    no layers: the report names them, and `experts.unfuse` makes layers of them.
 
     The passes of all batches are interleaved. A forward that leaves something in an attribute for
     a later layer to pick up would find what another batch left: calibrate it on one batch. Autocast
@@ -309,6 +316,7 @@ class _Run:
         # of the batch that this thread runs: its mask, and what each layer got, by name
         self._pass = threading.local()
         self._original: dict[tuple[int, str], Tensor] = {}  # full-precision inputs, by batch, layer
+        self._pooling = False  # an expert runs on rows of others
 
     @property
     def _drifts(self) -> bool:
@@ -346,6 +354,7 @@ class _Run:
                 self.before.setdefault(norm, ChannelMoments()).parts[number] = moments
         self._sum_repeated()
         find_leaders(self.targets, [batch.inputs for batch in batches])
+        self._pool_experts()
 
     def _merge_sequence(self, visits: dict[Station, int]) -> None:
         """Stations that no batch before this one visited go behind the one visited just before."""
@@ -415,6 +424,62 @@ class _Run:
             with _removed(hooks):
                 for number in self.own:
                     self._run_batch(self.batches[number], number)
+
+    def _pool_experts(self) -> None:
+        """A `Prior` for layers of experts that fewer rows come to than they have columns.
+
+        Each such expert is run on what all experts of its block get: another pass.
+        """
+        outputs, hooks = self.ranks.gather(self.outputs), []
+        pools: list[tuple[Target, Target, int]] = []
+        for experts in find_experts(self.targets):
+            starved = {}
+            for name, inside in experts.items():
+                alone = any(target.repeated or len(target.twins) > 1 for target in inside)
+                few = [target for target in inside if self._is_starved(target, outputs)]
+                if alone or type(self.modules[name]).forward is nn.Module.forward:
+                    for target in few:  # a container of layers cannot be run
+                        target.notes.append("fewer rows than columns, and no prior")
+                elif few:
+                    starved[name] = few
+            for name in experts if starved else ():
+                run = partial(self._run_starved, [self.modules[name] for name in starved])
+                hooks.append(self.modules[name].register_forward_pre_hook(run, with_kwargs=True))
+            for target in (target for few in starved.values() for target in few):
+                # with sums of its own
+                pool = replace(target, notes=[], sums={False: {}, True: {}}, repeated=True)
+                pools.append((target, pool, len(experts)))
+                add = partial(self._add_to_pool, pool)
+                hooks.append(target.module.register_forward_pre_hook(add, with_kwargs=True))
+        if not pools:
+            return
+        with _removed(hooks):
+            for number in self.own:
+                self._run_batch(self.batches[number], number)
+        for target, pool, members in pools:
+            empty = partial(pool.empty_sum, self.hessian_dtype, False)
+            total, held_out = (self.ranks.sum(pool.sums[which], empty()) for which in (False, True))
+            total.merge(held_out)
+            if total.rows:
+                target.prior = Prior(total.take()[0], total.rows, members)
+
+    def _is_starved(self, target: Target, outputs: list[dict[str, int]]) -> bool:
+        groups, rows, columns = layers.matrix_shape(target.module)
+        seen = sum(part.get(target.name, 0) for part in outputs) // (groups * rows)
+        return seen < columns and target.leader is None
+
+    def _run_starved(
+        self, starved: list[nn.Module], module: nn.Module, args: Any, kwargs: Any
+    ) -> None:
+        if not self._pooling:
+            self._pooling = True
+            for expert in starved:
+                expert(*args, **kwargs)
+            self._pooling = False
+
+    def _add_to_pool(self, pool: Target, module: Layer, args: Any, kwargs: Any) -> None:
+        if self._pooling:
+            self._add_call(pool, pool.name, module, args, kwargs)
 
     def solve_all(self, advance: Advance) -> None:
         """Second pass, in lockstep: solve a layer, correct what follows, go on."""
@@ -642,6 +707,9 @@ class _Run:
         if held_out.rows:
             total.merge(held_out)
         hessian, drift = total.take()
+        if leader.prior is not None:
+            hessian, drift = leader.prior.joined(hessian, drift, total.rows)
+            leader.notes.append(leader.prior.note(total.rows))
         if drift is not None:
             ridge, fraction = trust.ridge, trust.fraction
             weights = [drifted(w.float(), hessian, drift, ridge, fraction) for w in weights]
@@ -674,6 +742,8 @@ class _Run:
         if fit.rows and held_out.rows:
             how = {key: self.options[key] for key in ("precision", "backend")}
             seen, other = (Moments(part.hessian(), part.drift()) for part in (fit, held_out))
+            if leader.prior is not None:
+                seen = Moments(*leader.prior.joined(seen.hessian, seen.drift, fit.rows))
             best = choose_trust(weight, seen, other, leader.spec, **how)
             if damp is None:
                 chosen = chosen._replace(damp=best.damp)

@@ -110,16 +110,16 @@ def solve(
     sensitivities of their columns place them, or in a static order the mean place of their columns.
     "nearest" prunes by magnitude; "obq" does not prune.
 
-    Memory, in numbers of the dtype of the Hessian and beyond the arguments: k C^2 + m R C, where
-    k is 1, or 2 with `rounds`, and 1 more where columns never fired or the Hessian is not
-    contiguous. On a GPU the inverse of order
-    "sensitivity" takes 2 while it is made. For C = 53,248 that is 11.3 GB for each, as for the
-    Hessian itself. m is about 1.25 candidates in order "sensitivity", 2.5 candidates in the static
-    ones, and 7 in `rounds`, which then come alone.
-    Where memory runs out, what is done row by row is done with half of the rows, and so on. That
-    changes no code with Triton's kernels, nor with the CPU libraries of the tests. What is left of
-    m is 1.25 candidates; all rows decide together on the order "sensitivity" and on a share of
-    zeros. Where this is not enough either, a GPU hands over to the CPU. `report.notes` tells.
+    Peak memory beyond the arguments is (k C^2 + m R C) numbers of float32, for a float32 Hessian
+    and beside panels of 256 columns. k: 1, with `rounds` 2; one more where columns never fired, and
+    where the Hessian is not contiguous; inverses on a GPU hold 2 while they are made. For C =
+    53,248 each is 11.3 GB, as is the Hessian. m: about 1.25 candidates in order "sensitivity" and
+    2.5 candidates in static orders; later, in `rounds`, 7.
+    Where memory runs out, what is done row by row is done for half of the rows at a time, and so
+    on: in tests on a CPU to the same bits, on a GPU but for the products of PyTorch, which may sum
+    otherwise for fewer rows. Of m that leaves 1.25 candidates in order "sensitivity", and .25
+    candidates in static ones; a share of zeros is chosen among all rows, and leaves them together.
+    Where this does not help, a GPU hands over to the CPU. All of it is told in `report.notes`.
 
     Columns whose inputs were always zero (H_cc = 0) are rounded to nearest, and pruned as if their
     inputs were of average size. The same inputs on the same device give the same codes. ValueError

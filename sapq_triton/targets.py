@@ -2,6 +2,7 @@
 
 import fnmatch
 import itertools
+import re
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,17 +10,21 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from . import layers
 from .baseline import Baseline
 from .calibrate import BatchMoments
+from .experts import is_fused
 from .finite import check_parts
-from .hessian import HessianSum
+from .hessian import HessianSum, Prior
 from .layers import Layer
 from .result import SolveResult
 from .spec import QuantSpec
 
 Station = tuple[Literal["solve", "norm"], str]
+NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, parametrize.ParametrizationList)
+SHARE = 1e-3  # of a model's parameters: a smaller one is not worth a word
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class Target:
     # by whether their batches are held out, and by what is summed apart
     sums: dict[bool, dict[int, HessianSum]] = field(default_factory=lambda: {False: {}, True: {}})
     solution: Solution | None = None
+    prior: Prior | None = None  # of an expert that few rows come to
     solved: bool = False
     seconds_hessian: float = 0.0
 
@@ -104,7 +110,7 @@ class Target:
 def find_targets(
     model: nn.Module, spec: QuantSpec, skip: list[str], overrides: dict[str, QuantSpec]
 ) -> tuple[dict[str, Target], dict[str, str]]:
-    """Targets by name, and the reason for each layer that is left out."""
+    """Targets by name, and the reason for each layer, and large parameter, that is left out."""
     found = layers.find_layers(model)
     for pattern in (*skip, *overrides):
         if not fnmatch.filter(found, pattern):
@@ -149,7 +155,42 @@ def find_targets(
         if len(twins) > 1:
             target.notes.append(f"weight shared with {', '.join(twins[1:])}")
         targets[name] = target
-    return targets, skipped
+    return targets, skipped | find_unheld(model)
+
+
+def find_unheld(model: nn.Module) -> dict[str, str]:
+    """Matrices that no layer of a known kind holds: name and reason.
+
+    Of at least SHARE of the model's parameters; but for embeddings, which are read row by row, and
+    weights of layers that are parametrized or packed.
+    """
+    least = SHARE * sum(p.numel() for p in model.parameters() if p.is_floating_point())
+    unheld = {}
+    for name, module in model.named_modules():
+        if layers.kind(module) or isinstance(module, NO_MATRICES):
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            long = sum(side > 1 for side in parameter.shape)
+            if parameter.is_floating_point() and long > 1 and parameter.numel() >= least:
+                shape = "x".join(map(str, parameter.shape))
+                reason = f"a {shape} parameter of {type(module).__name__}, no known kind of layer"
+                if is_fused(module):
+                    reason += "; sapq_triton.experts.unfuse makes layers of it"
+                unheld[f"{name}.{own}".lstrip(".")] = reason
+    return unheld
+
+
+def find_experts(targets: Mapping[str, Target]) -> list[dict[str, list[Target]]]:
+    """Of each block with several experts: the layers of each, by its name.
+
+    Names as in transformers: "experts.3", or "experts.expert_3", and behind it that of the layer.
+    """
+    blocks: dict[str, dict[str, list[Target]]] = {}
+    for name, target in targets.items():
+        if parts := re.fullmatch(r"((?:.*\.)?experts?\.(?:expert_)?)(\d+)(?:\..+)?", name):
+            experts = blocks.setdefault(parts[1], {})
+            experts.setdefault(parts[1] + parts[2], []).append(target)
+    return [experts for experts in blocks.values() if len(experts) > 1]
 
 
 class Observed(NamedTuple):

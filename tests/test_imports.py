@@ -102,9 +102,15 @@ def test_imports_point_inward(name: str) -> None:
     assert not any(other.startswith("torch.nn") for other in others)
 
 
+def test_experts_know_tensors_alone() -> None:
+    ours, others = imports(ROOT / "sapq_triton" / "experts.py")
+    assert not ours and packages(others) <= {"torch"}
+
+
 def test_targets_do_not_know_the_run() -> None:
     ours, others = imports(ROOT / "sapq_triton" / "targets.py")
-    assert ours <= {"baseline", "calibrate", "finite", "hessian", "layers", "result", "spec"}
+    rooms = {"baseline", "calibrate", "experts", "finite", "hessian", "layers", "result", "spec"}
+    assert ours <= rooms
     assert packages(others) <= {"torch"}
 
 
@@ -147,7 +153,7 @@ LANGUAGE_FILES = (
 def test_files_know_packed_layers_and_no_package_of_others(name: str) -> None:
     """Not who made the codes; the packages of the extra `hf` are imported when they are needed."""
     ours, others = imports(FILES / f"{name}.py")
-    rooms = {"layers", "packed", "packing", "spec"} | (
+    rooms = {"experts", "layers", "packed", "packing", "spec"} | (
         {"report", "report_files"} if name == "writer" else set()
     )
     assert ours <= rooms | set(LANGUAGE_FILES)
@@ -188,8 +194,8 @@ def test_pages_are_made_of_numbers(name: str) -> None:
 
 def test_the_command_line_is_outermost() -> None:
     rooms = {
-        "blockwise", "formats", "layers", "machine", "preset", "progress", "ranks", "report",
-        "spec", "stream", "targets",
+        "blockwise", "experts", "formats", "layers", "machine", "preset", "progress", "ranks",
+        "report", "spec", "stream", "targets",
     }  # fmt: skip
     ours, others = imports(ROOT / "sapq_triton" / "language.py")
     assert ours <= rooms and packages(others) <= {"torch"}

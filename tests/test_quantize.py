@@ -277,7 +277,10 @@ def test_batches_may_take_different_ways() -> None:
     report = quantize(Routed(), batches, SPEC)
     rows = {layer.name: layer.rows for layer in report.layers}
     assert rows == {"first": 24, "experts.0": 16, "experts.1": 8, "experts.2": 0, "last": 24}
-    assert report["experts.2"].notes == ("no calibration row reached it",)
+    assert report["experts.2"].notes == (
+        "no calibration row reached it",
+        "0 rows for 6 columns: the Hessian of 3 experts, of 24 rows, counts as 6 more",
+    )
     assert list(rows)[-1] == "experts.2"
 
 

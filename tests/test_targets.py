@@ -147,7 +147,10 @@ def test_attention_module_keeps_its_projection() -> None:
     before = copy.deepcopy(model.attention.state_dict())
     report = quantize(model, [torch.randn(2, 5, 8)], SPEC)
     assert report.skipped == {
-        "attention.out_proj": "nn.MultiheadAttention reads its weight without calling it"
+        "attention.out_proj": "nn.MultiheadAttention reads its weight without calling it",
+        "attention.in_proj_weight": (
+            "a 24x8 parameter of MultiheadAttention, no known kind of layer"
+        ),
     }
     assert [layer.name for layer in report.layers] == ["last"]
     for name, tensor in model.attention.state_dict().items():

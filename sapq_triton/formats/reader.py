@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import layers, packed
+from ..experts import unfuse
 from ..packed import PackedWeight, to_packed
 from .compressed_tensors import CompressedTensors
 from .folder import CONFIG, GENERATION, OLD_CONFIG, Tensors, optional, read_json, read_manifest
@@ -101,6 +102,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     stored.tensors.check(stored.manifest)
     target = _build(stored) if model is None else model
     modules = dict(target.named_modules(remove_duplicate=False))
+    if model is None and not stored.layers.keys() <= modules.keys() and unfuse(target):
+        modules = dict(target.named_modules(remove_duplicate=False))
     buffers, twins = {}, {}
     for name, layer in stored.layers.items():
         _check_fits(stored, layer, modules.get(name))

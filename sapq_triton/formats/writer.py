@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..experts import Experts
 from ..packed import BUFFERS, PackedWeight
 from ..report import Report
 from ..report_files import REPORT_FILES, report_files
@@ -192,6 +193,10 @@ def check(chosen: Format, model: nn.Module, layers: Mapping[str, Outline]) -> No
                 f"{name!r} shares its weight with another layer, which {chosen.name} cannot say: "
                 "use format 'sapq'"
             )
+    if any(isinstance(module, Experts) for module in model.modules()):
+        raise ValueError(
+            f"programs that read {chosen.name} do not know these experts: use format 'sapq'"
+        )
     if getattr(model, "_weight_conversions", None):
         raise ValueError(
             f"transformers renamed or merged tensors of this {type(model).__name__} while loading, "

@@ -1,0 +1,323 @@
+"""Mixtures of experts: those that one tensor holds, and those that few tokens come to."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sapq_triton import QuantSpec, layer_error, load, quantize, save, solve
+from sapq_triton.experts import Experts, unfuse
+from sapq_triton.formats import find_format
+from sapq_triton.formats.writer import check
+from sapq_triton.hessian import HessianSum, Prior
+from sapq_triton.language import quantize_folder
+from sapq_triton.regularize import Moments, choose
+from sapq_triton.targets import find_experts, find_targets
+from tests.tiny import save_tokenizer
+
+SPEC = QuantSpec(4)
+# one solve without choices, as it can be repeated by hand
+PLAIN: dict[str, Any] = dict(
+    order="activation", candidates=1, rounds=0, damp=0.01, drift_correction=0.0, progress=False
+)
+
+
+# --- fused experts --------------------------------------------------------------------------------
+
+SIZES = dict(
+    vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=8,
+    num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+FEW = dict(num_local_experts=4, num_experts_per_tok=2)
+MANY = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12)
+MODELS = {"Mixtral": FEW, "Qwen3Moe": MANY, "Olmoe": MANY, "GptOss": FEW}
+
+
+def build(name: str, **sizes: int) -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **MODELS[name], **sizes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for parameter in model.parameters():  # biases, too
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(3, 50, (4, 12))
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    return model(tokens).logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unfused_experts_put_out_the_same(name: str, tokens: Tensor) -> None:
+    model = build(name)
+    with_kernels = logits(model, tokens)
+    model.set_experts_implementation("eager")
+    expected, numbers = logits(model, tokens), sum(p.numel() for p in model.parameters())
+    assert unfuse(model) == [f"model.layers.{i}.mlp.experts" for i in range(2)]
+    assert sum(p.numel() for p in model.parameters()) == numbers
+    outputs = logits(model, tokens)
+    if name == "GptOss":  # whose own code multiplies a transposed weight
+        torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(outputs, expected)
+    torch.testing.assert_close(outputs, with_kernels, rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(copy.deepcopy(model), tokens), outputs)
+    assert unfuse(model) == []
+
+
+def test_fused_experts_are_named_in_the_report(tokens: Tensor) -> None:
+    model = build("Mixtral")
+    report = quantize(model, [tokens], SPEC, **PLAIN)
+    names = {f"model.layers.{i}.mlp.experts.{x}" for i in range(2) for x in ("gate_up_proj",
+             "down_proj")}  # fmt: skip
+    gates = {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
+    assert set(report.skipped) == names | gates
+    assert report.skipped["model.layers.0.mlp.experts.down_proj"] == (
+        "a 4x16x24 parameter of MixtralExperts, no known kind of layer; "
+        "sapq_triton.experts.unfuse makes layers of it"
+    )
+    assert "unfuse" not in report.skipped["model.layers.0.mlp.gate.weight"]
+
+
+def test_small_and_flat_parameters_are_not_worth_a_word() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(100, 100)
+            self.embedding = nn.Embedding(10, 100)
+            self.small, self.flat = nn.Parameter(torch.ones(2, 5)), nn.Parameter(torch.ones(1, 99))
+            self.large = nn.Parameter(torch.ones(1, 10, 10))
+
+    assert set(find_targets(Odd(), SPEC, [], {})[1]) == {"large"}
+
+
+def test_a_mixture_is_quantized_packed_and_stored(tokens: Tensor, tmp_path: Path) -> None:
+    model = build("Mixtral")
+    unfuse(model)
+    plain, batches = copy.deepcopy(model), [*tokens.split(2)]
+    options = dict(skip=["lm_head"], preset="fast", progress=False)
+    quantize(plain, batches, QuantSpec(4, scale_dtype="float16"), **options)
+    report = quantize(model, batches, QuantSpec(4, scale_dtype="float16"), pack=True, **options)
+    assert len(report.layers) == 2 * (4 + 4 * 2)
+    torch.testing.assert_close(logits(model, tokens), logits(plain, tokens), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="gptq do not know these experts: use format 'sapq'"):
+        check(find_format("gptq"), plain, {})
+    save(model, tmp_path / "own", report=report)
+    assert torch.equal(logits(load(tmp_path / "own"), tokens), logits(model, tokens))
+
+
+def test_a_mixture_from_a_folder_to_a_folder(tmp_path: Path) -> None:
+    """Block by block, and read back by the names of the layers that experts have become."""
+    sizes = dict(SIZES, vocab_size=256, hidden_size=64, intermediate_size=64)
+    plain = build("Mixtral", **sizes).half()
+    plain.save_pretrained(tmp_path / "plain")
+    save_tokenizer(tmp_path / "plain")
+    (tmp_path / "text.txt").write_text("the quick brown fox " * 400)
+    report = quantize_folder(
+        tmp_path / "plain", tmp_path / "out", calibration=tmp_path / "text.txt", bits=8,
+        format="sapq", group_size=32, samples=4, sequence_length=32, device="cpu", progress=False,
+    )  # fmt: skip
+    assert {x.name for x in report.layers} >= {f"model.layers.1.mlp.experts.{i}.down_proj"
+            for i in range(4)}  # fmt: skip
+    assert not any("experts" in name for name in report.skipped)
+    tokens = torch.randint(0, 256, (2, 12))
+    expected, outputs = logits(plain, tokens), logits(load(tmp_path / "out"), tokens)
+    assert (outputs - expected).float().norm() < 0.05 * expected.float().norm()
+
+
+def test_experts_in_two_places_or_alone_are_refused() -> None:
+    block = build("Mixtral").model.layers[0].mlp.experts
+    with pytest.raises(ValueError, match=r"must be in one place within a model, got \[''\]"):
+        unfuse(block)
+    with pytest.raises(ValueError, match=r"must be in one place within a model, got \['0', '1'\]"):
+        unfuse(nn.ModuleList([block, block]))
+
+
+# --- starved experts ------------------------------------------------------------------------------
+
+COLUMNS, EXPERTS = 24, 4
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(COLUMNS, 16), nn.Linear(16, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down(F.relu(self.up(x)))
+        return result
+
+
+class Mixture(nn.Module):
+    """Tokens go to the expert that their last number names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixing = torch.eye(COLUMNS) + torch.randn(COLUMNS, COLUMNS) / COLUMNS**0.5
+        self.experts = nn.ModuleList(Pair() for _ in range(EXPERTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, expert = x[:, :-1] @ self.mixing, x[:, -1]
+        out = torch.zeros(len(x), 8)
+        for number in expert.unique().int().tolist():
+            out[expert == number] = self.experts[number](rows[expert == number])
+        return out
+
+
+def batch(*counts: int) -> Tensor:
+    """So many tokens for each expert."""
+    expert = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    return torch.cat([torch.randn(len(expert), COLUMNS), expert[:, None].float()], 1)
+
+
+def hessian(x: Tensor) -> Tensor:
+    total = HessianSum(1, x.shape[1])
+    total.add(x)
+    return total.hessian()
+
+
+def inputs(model: Mixture, batches: list[Tensor], expert: int) -> Tensor:
+    return torch.cat([b[b[:, -1] == expert, :-1] for b in batches]) @ model.mixing
+
+
+def test_few_rows_count_beside_those_of_all() -> None:
+    model, batches = Mixture(), [batch(100, 15, 3, 0), batch(100, 10, 2, 0)]
+    original = copy.deepcopy(model)
+    report = quantize(model, batches, SPEC, **PLAIN)
+    rows = [inputs(model, batches, expert) for expert in range(EXPERTS)]
+    everyone = torch.cat(rows)
+    pool = hessian(everyone)
+    for number, own in enumerate(rows):
+        h, n, name = hessian(own), len(own), f"experts.{number}.up"
+        note = f"{n} rows for 24 columns: the Hessian of 4 experts, of 230 rows, counts as 24 more"
+        if n < COLUMNS:
+            h = (n * h + COLUMNS * pool) / (n + COLUMNS)
+        expected = solve(original.get_submodule(name).weight, h[0], SPEC, order="activation")
+        assert torch.equal(report[name].codes[0], expected.codes)
+        assert report[name].rows == n and (note in report[name].notes) == (n < COLUMNS)
+    # no token comes to the last one: its second layer gets what its first would make of all
+    last = original.experts[3]
+    assert report["experts.3.down"].notes == (
+        "no calibration row reached it",
+        "0 rows for 16 columns: the Hessian of 4 experts, of 230 rows, counts as 16 more",
+    )
+    hidden = F.relu(last.up(everyone)).detach()
+    expected = solve(last.down.weight, hessian(hidden)[0], SPEC, order="activation")
+    assert torch.equal(report["experts.3.down"].codes[0], expected.codes)
+    assert report["experts.3.down"].damp == 0.01 and report["experts.3.down"].fallbacks == 0
+
+
+def test_damping_is_chosen_beside_a_prior() -> None:
+    """On rows held out, for the Hessian that the prior is a part of."""
+    model, batches = Mixture(), [batch(40, 30, 3, 3), batch(40, 30, 7, 7)]
+    weights = {e: model.experts[e].up.weight.detach().clone() for e in (2, 3)}  # type: ignore
+    report = quantize(model, batches, SPEC, **{**PLAIN, "damp": None})
+    pool = hessian(torch.cat([inputs(model, batches, expert) for expert in range(EXPERTS)]))
+    for expert, weight in weights.items():
+        fit, other = (hessian(inputs(model, [part], expert)) for part in batches)
+        seen = Moments((3 * fit + COLUMNS * pool) / (3 + COLUMNS), None)
+        trust = choose(weight[None], seen, Moments(other, None), SPEC)
+        alone = choose(weight[None], Moments(fit, None), Moments(other, None), SPEC)
+        layer = report[f"experts.{expert}.up"]
+        assert layer.damp == trust.damp != alone.damp
+        assert "of 160 rows" in layer.notes[0]
+
+
+def test_without_a_row_for_any_expert_there_is_no_prior() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(COLUMNS, 8), "mixture": Mixture()})
+    report = quantize(
+        model, [torch.randn(50, COLUMNS)], SPEC, forward=lambda m, x: m["first"](x), **PLAIN
+    )
+    layer = report["mixture.experts.0.up"]
+    assert layer.notes == ("no calibration row reached it",)
+    nearest = solve(model["mixture"].experts[0].up.weight, torch.eye(COLUMNS), SPEC,
+                    order="nearest")  # fmt: skip
+    assert torch.equal(layer.codes[0], nearest.codes)
+
+
+def test_experts_are_told_from_layers_by_name() -> None:
+    experts = (
+        "layers.0.experts.0.w1", "layers.0.experts.1.w1", "layers.0.experts.0.w2",
+        "layers.1.experts.0.w1", "layers.1.experts.1.w1", "mlp.experts.expert_0.wi",
+        "mlp.experts.expert_1.wi", "experts.0", "experts.1",
+    )  # fmt: skip
+    others = (
+        "layers.0.q", "layers.1.q", "shared_experts.0.up", "shared_experts.1.up",
+        "last.experts.0.up", "mlp.experts.up.0", "mlp.experts.up.1",
+    )  # fmt: skip
+    root = nn.Module()
+    for name in experts + others:
+        place = root
+        *parents, last = name.split(".")
+        for part in parents:
+            if not hasattr(place, part):
+                place.add_module(part, nn.Module())
+            place = place.get_submodule(part)
+        place.add_module(last, nn.Linear(4, 4))
+    targets, _ = find_targets(root, SPEC, [], {})
+    found = [
+        {name: [target.name for target in inside] for name, inside in block.items()}
+        for block in find_experts(targets)
+    ]
+    assert len(found) == 4 and found[0]["layers.0.experts.0"] == [experts[0], experts[2]]
+    assert {n for block in found for inside in block.values() for n in inside} == {*experts}
+
+
+def test_experts_that_cannot_be_run_have_no_prior() -> None:
+    class Container(Mixture):
+        def __init__(self) -> None:
+            super().__init__()
+            pairs = ({"up": pair.up, "down": pair.down} for pair in self.experts)
+            self.experts = nn.ModuleList(nn.ModuleDict(pair) for pair in pairs)
+
+        def forward(self, x: Tensor) -> Tensor:
+            layers: Any = self.experts[0]
+            result: Tensor = layers["down"](layers["up"](x[:, :-1]))
+            return result
+
+    report = quantize(Container(), [batch(3)], SPEC, **PLAIN)
+    note = "fewer rows than columns, and no prior"
+    assert report["experts.0.up"].notes == (note,) and report["experts.0.up"].rows == 3
+    assert report["experts.1.up"].notes == (note, "no calibration row reached it")
+
+
+def test_a_prior_helps_where_rows_are_fewer_than_columns() -> None:
+    """On new rows, summed over problems, against the own Hessian and rounding to nearest."""
+    columns, spec = 64, QuantSpec(3)
+    totals = dict.fromkeys(("nearest", "own", "prior"), 0.0)
+    for _ in range(4):
+        shared = torch.randn(columns, columns) * torch.logspace(-1, 0.5, columns)
+        x = [torch.randn(200, columns) @ (shared + 0.5 * torch.randn(columns, columns))
+             for _ in range(6)]  # fmt: skip
+        weight = torch.randn(48, columns)
+        own, test = (2 / len(part) * part.T @ part for part in (x[0][:20], x[0][20:]))
+        rest = torch.cat([x[0][:20], *x[1:]])
+        prior = Prior(2 / len(rest) * rest.T @ rest, len(rest), 6)
+        joined, _ = prior.joined(own.clone(), None, 20)
+        for name, h, order in (
+            ("nearest", own, "nearest"), ("own", own, "sensitivity"),
+            ("prior", joined, "sensitivity"),
+        ):  # fmt: skip
+            result = solve(weight, h, spec, order=order)  # type: ignore[arg-type]
+            totals[name] += float(layer_error(weight, result.dequantize(), test))
+    assert totals["prior"] < 0.8 * totals["own"] and totals["prior"] < 0.8 * totals["nearest"]
+
+
+def test_experts_keep_their_mode() -> None:
+    model = build("Mixtral").train()
+    unfuse(model)
+    block = model.model.layers[0].mlp.experts
+    assert (
+        isinstance(block, Experts)
+        and block.training
+        and block.get_submodule("0.down_proj").training
+    )
