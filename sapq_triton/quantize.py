@@ -457,7 +457,7 @@ class _Run:
             for number in self.own:
                 self._run_batch(self.batches[number], number)
         for target, pool, members in pools:
-            empty = partial(pool.empty_sum, self.hessian_dtype, False)
+            empty = partial(pool.empty_sum, self.hessian_dtype, self._drifts)
             total, held_out = (self.ranks.sum(pool.sums[which], empty()) for which in (False, True))
             total.merge(held_out)
             if total.rows:
