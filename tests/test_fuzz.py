@@ -20,7 +20,7 @@ from tests.fuzz.harness import case, fuzz
 from tests.fuzz.readers import READERS, Changed, Reader
 
 ROOT = Path(__file__).parents[1]
-FEW = 20
+FEW = 14
 MANY = {
     "sapq": 6000, "sapq-shards": 6000, "sapq-signed": 9000, "gptq-ours": 4000, "gptq": 9000,
     "gptq_v2": 8000, "compressed": 9000, "compressed-ours": 4000, "config": 6000, "onnx": 7000,
