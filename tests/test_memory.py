@@ -21,7 +21,7 @@ from sapq_triton.memory import LEAST, Rows, ran_out
 from sapq_triton.solver import _solve_on_cpu
 from sapq_triton.spec import Order
 
-C, R = 1536, 8  # matrices of C x C, and next to nothing else
+C, R = 1024, 8  # matrices of C x C, and next to nothing else
 SQUARE, PANELS, WEIGHT = 4 * C * C, 4 * PANEL * C, 4 * R * C
 
 
