@@ -1,4 +1,9 @@
-"""The processes that work on one model, and what they tell each other: torch.distributed."""
+"""The processes that work on one model, and what they tell each other: torch.distributed.
+
+What a layer is calibrated on comes from the quantized layers before it: no two of them can be
+solved at the same time. So batches are shared, and the rows of each large solve, in equal parts; a
+small one takes longer to tell of than to solve, and each process solves it by itself.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
