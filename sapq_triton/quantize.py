@@ -13,16 +13,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from . import layers, packed
 from .baseline import against_nearest
 from .calibrate import Action, BatchMoments, ChannelMoments, Lockstep, Place, Replay
+from .corrections import BatchNormRule, Corrections
 from .finite import check_finite, check_parts
 from .forward import Forward, feed, to_device, undisturbed
 from .hessian import HessianSum, Prior, drifted
@@ -56,7 +56,6 @@ OTHER_WAYS = "once quantized, not called as in full precision: drift of some inp
 # where nothing is held out to choose them on
 DAMP, DRIFT_CORRECTION = 0.01, 0.5
 
-BatchNormRule = Literal["paired", "reestimate", "keep"]
 Meeting = Lockstep | Replay
 
 
@@ -192,11 +191,11 @@ def quantize(
             run.solve_all(advance)
         if batchnorm == "reestimate":
             with stage("BatchNorm statistics"):
-                run.reestimate()
+                run.corrections.reestimate(run.run_all)
         if pack:
             with stage("packing"):
                 run.pack()
-    skipped |= run.kept
+    skipped |= run.corrections.kept
     told = dict(
         model=type(model).__name__, preset=preset, spec=asdict(spec), skip=skip,
         overrides={name: asdict(other) for name, other in overrides.items()},
@@ -208,7 +207,7 @@ def quantize(
     return Report(
         layers=tuple(run.layers_done),
         skipped=skipped,
-        corrected=run.corrected,
+        corrected=run.corrections.corrected,
         seconds=time.perf_counter() - started,
         stages=run.stopwatch.seconds,
         memory=peak_memory(run.device),
@@ -286,7 +285,6 @@ class _Run:
         self.model, self.batches, self.targets = model, batches, targets
         self.ranks, self.own = ranks, ranks.own(len(batches))
         self.deterministic = deterministic
-        self.batchnorm, self.bias_correction = batchnorm, bias_correction
         self.drift_correction = drift_correction
         # where something is to be chosen on them, every fourth batch from the second on
         chooses = options["damp"] is None or drift_correction is None
@@ -295,19 +293,11 @@ class _Run:
         self.forward, self.replay, self.options = forward, replay, options
         self.device = next(model.parameters()).device
         self.modules = dict(model.named_modules())
-        self.norms: dict[str, Layer] = {
-            name: module
-            for name, module in self.modules.items()
-            if isinstance(module, _BatchNorm) and module.running_mean is not None
-        }
+        self.corrections = Corrections(self.modules, batchnorm, bias_correction, ranks)
         self.stopwatch = Stopwatch()
         self.layers_done: list[LayerReport] = []
-        self.corrected: dict[str, float] = {}
-        self.kept: dict[str, str] = {}  # BatchNorms that could not be corrected, and why
         self.sequence: list[Station] = []  # order of execution
         self.repeats: dict[Station, int] = {}  # most visits in one forward pass
-        self.before: dict[Station, ChannelMoments] = {}  # of the full-precision model
-        self.follower: dict[str, str] = {}  # layer -> BatchNorm that its output goes straight into
         self.outputs: dict[str, int] = {}  # layer -> numbers that it put out, in all batches
         # of the batch that the first pass runs; the last layer there and its output: an activation
         # in place leaves the same tensor, changed
@@ -324,8 +314,6 @@ class _Run:
 
     def observe(self) -> None:
         """First pass, of the untouched model: order of execution, repeats, shared inputs, means."""
-        for name in self.norms:
-            self._check_norm(name)
         hooks = []
         for name in (twin for target in self.targets.values() for twin in target.twins):
             module = self.modules[name]
@@ -335,7 +323,7 @@ class _Run:
             ]
         hooks += [
             module.register_forward_pre_hook(partial(self._saw_norm, name), with_kwargs=True)
-            for name, module in self.norms.items()
+            for name, module in self.corrections.norms.items()
         ]
         found: dict[int, Observed] = {}
         with _removed(hooks):
@@ -349,9 +337,10 @@ class _Run:
             self._merge_sequence(batch.visits)
             for station, count in batch.visits.items():
                 self.repeats[station] = max(count, self.repeats.get(station, 0))
-            self.follower |= batch.follower
-            for norm, moments in batch.moments.items():
-                self.before.setdefault(norm, ChannelMoments()).parts[number] = moments
+            self.corrections.follower |= batch.follower
+            for (what, name), count in batch.visits.items():
+                if what == "norm":
+                    self.corrections.saw(number, name, count, batch.moments.get((what, name), []))
         self._sum_repeated()
         find_leaders(self.targets, [batch.inputs for batch in batches])
         self._pool_experts()
@@ -490,14 +479,16 @@ class _Run:
             if original is not None:
                 passes.append(partial(self._run_batch, batch, number, original))
             passes.append(partial(self._run_batch, batch, number))
-        moments = {name: ChannelMoments() for name in self.norms if self._corrects_norm(name)}
+        corrections = self.corrections
+        moments = {n: ChannelMoments() for n in corrections.norms if corrections.corrects(n)}
         actions: dict[Station, Action] = {
             ("solve", twin): partial(self._solve, target, advance)
             for target in self.targets.values()
             for twin in target.twins
         }
         actions |= {
-            ("norm", name): partial(self._correct_norm, name, now) for name, now in moments.items()
+            ("norm", name): partial(corrections.correct_norm, name, now)
+            for name, now in moments.items()
         }
         seen = [station for station in self.sequence if station in actions]
         meeting = (Replay if self.replay else Lockstep)(
@@ -520,16 +511,12 @@ class _Run:
                         partial(self._meet_layer, meeting, target, twin), with_kwargs=True
                     )
                 )
-        for name, module in self.norms.items():
-            count = self.repeats.get(("norm", name), 0)
-            if name in moments:
-                hooks.append(
-                    module.register_forward_pre_hook(
-                        partial(self._meet_norm, meeting, name, moments[name]), with_kwargs=True
-                    )
-                )
-            elif self.batchnorm == "paired" and count > 1:
-                self.kept[name] = f"called {count} times in a forward pass"
+        hooks += [
+            corrections.norms[name].register_forward_pre_hook(
+                partial(self._meet_norm, meeting, name, now), with_kwargs=True
+            )
+            for name, now in moments.items()
+        ]
         with _removed(hooks):
             meeting.run()
         missed = [target for target in self.targets.values() if not target.solved]
@@ -546,15 +533,6 @@ class _Run:
         if first is None:
             return None
         return first, any(due for number, due in places if number == first)
-
-    def _corrects_norm(self, name: str) -> bool:
-        """By the paired rule: what a second call sees depends on the correction of the first."""
-        return self.batchnorm == "paired" and self.repeats.get(("norm", name)) == 1
-
-    def _corrects_bias(self, name: str) -> bool:
-        norm = self.follower.get(name)
-        handled = norm is not None and (self.batchnorm == "reestimate" or self._corrects_norm(norm))
-        return self.bias_correction and self.modules[name].bias is not None and not handled
 
     def _meet_layer(
         self, meeting: Meeting, target: Target, name: str, module: Layer, args: Any, kwargs: Any
@@ -656,7 +634,7 @@ class _Run:
         quantized = result.dequantize()
         if solution.rows:
             lost = solution.weight.float() - quantized
-            self._correct_biases(target, lost, solution.mean)
+            self.corrections.correct_biases(target.twins, lost, solution.mean)
         layers.store_weight(target.module, quantized)
         check_parts(target.module, target.name, ("weight", "bias"), ", once quantized")
         if solution.others:
@@ -751,22 +729,6 @@ class _Run:
                 chosen = chosen._replace(ridge=best.ridge, fraction=best.fraction)
         return chosen
 
-    def _correct_biases(self, target: Target, lost: Tensor, mean: Tensor) -> None:
-        """b += (W - Q) E[x]: lost W - Q [B, R, C], mean E[x] [B, C]
-
-        Only what this layer's rounding changes, on the inputs it now has. Restoring the mean output
-        of the full-precision model instead was tried: without BatchNorm to restore the variance as
-        well, it flattened the deep layers of YOLOv5n (W4 mAP50-95 of SAPQ .20 instead of .30).
-        """
-        shift = (lost.to(mean.dtype) @ mean[:, :, None]).flatten()
-        shifted: set[int] = set()  # twins may share their bias as well
-        for name in filter(self._corrects_bias, target.twins):
-            bias = self.modules[name].bias
-            if id(bias) not in shifted:
-                shifted.add(id(bias))
-                bias.data += shift.to(bias)
-                self.corrected[name] = float(shift.abs().max())
-
     def _meet_norm(
         self,
         meeting: Meeting,
@@ -777,51 +739,15 @@ class _Run:
         kwargs: Any,
     ) -> None:
         station: Station = ("norm", name)
-        if name in self.corrected:
+        if name in self.corrections.corrected:
             return
         if meeting.is_new(station):
             now.add(layers.called_with(name, args, kwargs), self._pass.number)
         meeting.meet(station)
 
-    def _correct_norm(self, name: str, now: ChannelMoments) -> None:
-        module, was = self.norms[name], self.before["norm", name].total
-        shift, everywhere = torch.zeros(1), ChannelMoments()
-        for part in self.ranks.gather(now.parts):
-            everywhere.parts |= part
-        if was is not None and (became := everywhere.total) is not None:
-            # a channel that was constant, or has become so, has no scale to correct
-            usable = (was.variance > 0) & (became.variance > 0)
-            ratio = torch.where(usable, became.variance / was.variance, 1.0)
-            old = module.running_mean.double().cpu()
-            mean = became.mean + (old - was.mean) * ratio.sqrt()
-            shift = mean - old
-            module.running_mean.copy_(mean)
-            module.running_var *= ratio.to(module.running_var)
-            self._check_norm(name, ": so does its input, or its squares overflow float32")
-        self.corrected[name] = float(shift.abs().max())
-
-    def _check_norm(self, name: str, hint: str = "") -> None:
-        parts = ("weight", "bias", "running_mean", "running_var")
-        check_parts(self.norms[name], name, parts, hint)
-
-    def reestimate(self) -> None:
-        """Reset the statistics of all BatchNorms in use and average them over the batches."""
-        norms = {name: norm for name, norm in self.norms.items() if ("norm", name) in self.before}
-        old = {name: (norm.momentum, norm.running_mean.clone()) for name, norm in norms.items()}
-        try:
-            for norm in norms.values():
-                norm.reset_running_stats()
-                norm.momentum = None  # a plain average
-                norm.train()
-            for batch in self.batches:
-                self._run_batch(batch)
-        finally:
-            for name, norm in norms.items():
-                norm.momentum, mean = old[name]
-                self.corrected[name] = float((norm.running_mean - mean).abs().max())
-                norm.eval()
-        for name in norms:
-            self._check_norm(name, " on the calibration data")
+    def run_all(self) -> None:
+        for batch in self.batches:
+            self._run_batch(batch)
 
     def pack(self) -> None:
         """Codes in place of weights; all of them are made before the first layer is changed."""
