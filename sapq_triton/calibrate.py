@@ -202,7 +202,10 @@ class _Worker:
             self._go.release()
         self._back.acquire()
         if self._error is not None:
-            raise self._error
+            try:
+                raise self._error
+            finally:  # its traceback holds this worker: the activations would wait for a collector
+                self._error = None
 
     def abandon(self) -> None:
         self._abandoned = True

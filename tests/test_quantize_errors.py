@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import gc
 import importlib
 import itertools
 import random
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -180,6 +182,31 @@ def image_model() -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(8, 5),
     )
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_error_inside_the_model_keeps_no_activation(replay: bool) -> None:
+    """Without the help of the garbage collector, which may come late, and never for a GPU."""
+    model, alive = mlp(8, 8, 8), []
+
+    def forward(module: nn.Module, batch: Tensor) -> object:
+        inputs = batch + 1
+        alive.append(weakref.ref(inputs))
+        output = module(inputs)
+        if len(alive) > 4:  # all batches of the second pass wait in front of a layer, or have ended
+            raise KeyError("on purpose")
+        return output
+
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(KeyError):
+            quantize(
+                model, [torch.randn(4, 8) for _ in range(3)], SPEC, forward=forward, replay=replay
+            )
+        assert len(alive) > 4 and not [ref for ref in alive if ref() is not None]
+    finally:
+        gc.enable()
 
 
 def test_error_in_the_solver_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
