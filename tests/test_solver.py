@@ -614,6 +614,19 @@ def test_strides_do_not_matter(order: Order) -> None:
     assert_same(batch.codes, expected.codes.expand(2, 8, 24))
 
 
+@pytest.mark.parametrize("R, C", [(3, 13), (1, 24), (8, 24)])
+def test_strides_do_not_matter_to_refits(R: int, C: int) -> None:
+    """Whose products of matrices may sum in another order for a transposed Hessian."""
+    for seed in range(5):
+        weight, hessian = problem(R, C, seed)
+        transposed = hessian.T.contiguous().T
+        assert not transposed.is_contiguous()
+        expected = solve(weight, hessian, QuantSpec(2), rounds=2)
+        actual = solve(weight.T.contiguous().T, transposed, QuantSpec(2), rounds=2)
+        assert_same(actual.codes, expected.codes)
+        assert_same(actual.scale, expected.scale)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("exponent", [-40, 40])
 def test_size_of_the_hessian_does_not_matter(order: Order, exponent: int) -> None:
