@@ -163,8 +163,8 @@ CASES: dict[str, tuple[int, int, float, dict[str, Any]]] = {
         {"order": "sensitivity", "block": 16, "candidates": 2, "rounds": 1},
     ),
     "obq": (201, 96, 4, {"order": "obq"}),
-    "too little": (4001, 96, 2, {"order": "activation"}),
-    "a share": (4001, 96, 3, {"order": "natural", "sparsity": 0.5}),
+    "too little": (4001, 96, 0.1, {"order": "activation"}),  # less than its codes
+    "a share": (4001, 96, 2, {"order": "natural", "sparsity": 0.5}),
 }
 
 SCRIPT = """
