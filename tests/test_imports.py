@@ -29,8 +29,10 @@ MAY_IMPORT = {
     "preset": {"spec"},
     "refine": {"codebook", "hessian", "ops", "result"},
     "sparsity": {"spec"},
+    "grids": {"hessian", "memory", "ops", "scales", "spec"},
     "solver": {
         "codebook",
+        "grids",
         "hessian",
         "memory",
         "obq",
