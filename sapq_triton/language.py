@@ -14,7 +14,7 @@ from . import layers
 from .blockwise import Blockwise
 from .experts import unfuse
 from .formats import find_format
-from .formats.folder import CONFIG, optional, read_json, refuse_foreign, sha256
+from .formats.folder import CONFIG, Tensors, optional, read_json, refuse_foreign, sha256
 from .formats.job import Job, open_job
 from .formats.layer import Outline
 from .formats.writer import check, config, join
@@ -95,6 +95,7 @@ def quantize_folder(
     if "quantization_config" in read_json(source / CONFIG):
         raise ValueError(f"{source} is quantized already")
     refuse_foreign(target.resolve())
+    Tensors.of(source)  # what is damaged is named here
     text, skip = read_text(Path(calibration)), list(skip)
 
     transformers = optional("transformers")

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,22 @@ def test_folders_that_are_refused(
     refused("none is not a folder", "inspect", tmp_path / "none")
     assert quantize(source, text, tmp_path / "out") == 0
     refused("is quantized already", "quantize", tmp_path / "out", *rest)
+
+
+def test_damaged_weights_are_one_line(
+    source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(source, damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert quantize(damaged, text, tmp_path / "out") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"sapq-triton: {weights} is damaged: ")
+    weights.unlink()
+    assert quantize(damaged, text, tmp_path / "out") == 2
+    assert "holds neither model.safetensors nor" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_of_another_model(
