@@ -10,6 +10,7 @@ from .spec import Order
 
 BINS = 40  # of the histogram
 POINTS = 512  # of the order, at most
+EXPONENTS = -330.0, 308.9  # of float64, and half a bin to either side
 
 # orders that rank columns by what they cost when the others compensate
 RANKED: tuple[Order, ...] = ("sensitivity", "sensitivity-static")
@@ -36,6 +37,14 @@ class ColumnSummary:
     free: int
     columns: int
     order: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """ValueError for what is no logarithm of a float64: a file may hold anything."""
+        if not EXPONENTS[0] <= self.low <= self.high <= EXPONENTS[1]:
+            raise ValueError(
+                f"low and high must be in order, from {EXPONENTS[0]} to {EXPONENTS[1]}, "
+                f"got {self.low} and {self.high}"
+            )
 
 
 def unit_costs(hessian: Tensor, order: Order, damp: Tensor) -> Tensor:

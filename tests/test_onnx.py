@@ -588,7 +588,10 @@ def test_efficientnet_lite0(tmp_path: Path) -> None:
     model = load_efficientnet_lite0()
     onnx.save(exported_graph(model, images), tmp_path / "fp32.onnx")
     with torch.no_grad():
-        before = model(images).argmax(1)
+        before = model(images)
+    best = before.topk(2).values
+    decided = (best[:, 0] - best[:, 1] > 0.1).numpy()  # activations of 8 bits move logits by more
+    assert decided.sum() >= 5
     quantize(model, [images], QuantSpec(6), pack=True, progress=False)
     with torch.no_grad():
         expected = model(images).numpy()
@@ -599,10 +602,13 @@ def test_efficientnet_lite0(tmp_path: Path) -> None:
         export_onnx(model, images, out, batches=[images], activations=activations)
         assert out.stat().st_size < 0.3 * size and len(inspect_onnx(out)) == 50
         found = run(out, images.numpy())
-        assert np.array_equal(found.argmax(1), before.numpy())
+        same = found.argmax(1) == before.argmax(1).numpy()
         if activations is None:
+            assert same.all()
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
         else:
+            assert same[decided].all()
+            assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
             assert merged(out).count("QLinearConv") == 49
 
 

@@ -95,6 +95,13 @@ DAMAGED: list[tuple[tuple[str | int, ...], object, str]] = [
     (("layers", 0, "spec", "bits"), 9, r"layers\[0\]\.spec: bits must be an integer from 2 to 8"),
     (("layers", 0, "spec", "sparsity"), [], r"sparsity must be a string or a number or null, got"),
     (("layers", 0, "columns", "counts", 3), "x", r"columns\.counts\[3\] must be an integer"),
+    (
+        ("layers", 0, "columns", "low"),
+        -3e13,
+        r"low and high must be in order, from -330\.0 to 308\.9",
+    ),
+    (("layers", 0, "columns", "high"), 309.0, r"low and high must be in order, from .* and 309\.0"),
+    (("layers", 0, "columns", "high"), "NaN", "low and high must be in order, from .* and nan"),
     (("layers", 0, "columns"), 7, r"layers\[0\]\.columns must be an object, got 7"),
     (("layers", 0, "notes"), "none", r"layers\[0\]\.notes must be a list, got 'none'"),
     (("skipped",), ["a"], r"skipped must be an object, got \['a'\]"),
