@@ -590,7 +590,7 @@ def test_efficientnet_lite0(tmp_path: Path) -> None:
     with torch.no_grad():
         before = model(images)
     best = before.topk(2).values
-    decided = (best[:, 0] - best[:, 1] > 0.1).numpy()  # activations of 8 bits move logits by as much
+    decided = (best[:, 0] - best[:, 1] > 0.1).numpy()  # 8-bit activations move logits by so much
     assert decided.sum() >= 5
     quantize(model, [images], QuantSpec(6), pack=True, progress=False)
     with torch.no_grad():
