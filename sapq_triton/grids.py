@@ -1,4 +1,7 @@
-"""Grids that a weight is rounded to: searched, stretched into candidates, or given from outside."""
+"""Grids that a weight is rounded to: searched, changed into candidates, or given from outside."""
+
+from collections.abc import Iterator
+from itertools import count, islice
 
 import torch
 from torch import Tensor
@@ -41,13 +44,26 @@ def search_grids(
 
     grids = [search(importance if spec.scale_search == "hessian" else None)]
     if candidates > 1:
-        scale, zero_point = grids[0] if spec.scale_search == "hessian" else search(importance)
-        first = 1 if spec.scale_search == "hessian" else 0
-        for step in range(first, candidates - 1 + first):
-            away = STRETCH * ((step + 1) // 2)
-            grids.append((scale * (1 + away if step % 2 == 0 else 1 - away), zero_point))
+        weighted = grids[0] if spec.scale_search == "hessian" else search(importance)
+        others = _neighbours(*weighted, spec)
+        if spec.scale_search == "hessian":
+            next(others)  # it is there already
+        grids += islice(others, candidates - 1)
     scales = [snapped(scale, weight, zero_point, spec) for scale, zero_point in grids]
     return torch.cat(scales, 1), torch.cat([zero_point for _, zero_point in grids], 1)
+
+
+def _neighbours(
+    scale: Tensor, zero_point: Tensor, spec: QuantSpec
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A grid, where there are zero points that with one code more and less, and stretched ones."""
+    yield scale, zero_point
+    if not spec.symmetric:
+        yield scale, (zero_point + 1).clamp(max=spec.qmax)
+        yield scale, (zero_point - 1).clamp(min=0)
+    for step in count(1):
+        yield scale * (1 - step * STRETCH), zero_point
+        yield scale * (1 + step * STRETCH), zero_point
 
 
 def _importance(hessian: Tensor, order: Order, damp: float) -> Tensor:

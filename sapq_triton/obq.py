@@ -22,13 +22,14 @@ def solve_obq(
     inverse: Tensor,
     scale: Tensor,
     zero_point: Tensor,
+    group: Tensor,
     qmax: int | Codebook,
     block: int,
     precision: Precision,
     backend: Backend,
     rows: Rows | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """weight [B, R, C], inverse [B, C, C], scale, zero_point [B, R, G]
+    """weight [B, R, C], inverse [B, C, C], scale, zero_point [B, R, G], group int64 [B, C]
 
     ->  codes uint8 [B, R, C], solved bool [B]: no inverse lost its positive diagonal to rounding
     """
@@ -42,7 +43,7 @@ def solve_obq(
     for problem, a in enumerate(inverse):
 
         def chunk_of(part: slice, problem: int = problem, a: Tensor = a) -> tuple[Tensor, ...]:
-            grid = scale[problem, part], zero_point[problem, part], qmax
+            grid = scale[problem, part], zero_point[problem, part], group[problem], qmax
             found, finite = _solve_chunk(weight[problem, part], a, *grid, block, precision, backend)
             solved[problem] &= finite
             return (found[None],)
@@ -56,14 +57,17 @@ def _solve_chunk(
     shared: Tensor,
     scale: Tensor,
     zero_point: Tensor,
+    group: Tensor,
     qmax: int | Codebook,
     block: int,
     precision: Precision,
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
-    """weight [N, C], shared [C, C], scale, zero_point [N, G]  ->  codes uint8 [N, C], solved"""
+    """weight [N, C], shared [C, C], scale, zero_point [N, G], group int64 [C]
+
+    ->  codes uint8 [N, C], solved
+    """
     N, C = weight.shape
-    group_size = C // scale.shape[1]
     w = all_columns = weight.clone()
     codes = torch.empty(N, C, dtype=torch.uint8, device=w.device)
     columns = torch.arange(C, device=w.device).repeat(N, 1)
@@ -71,7 +75,7 @@ def _solve_chunk(
     for start in range(0, C, block):
         steps = min(block, C - start)
         picked, code, v = ops.solve_rows(
-            w, inverse, scale, zero_point, columns // group_size, qmax, steps, backend
+            w, inverse, scale, zero_point, group[columns], qmax, steps, backend
         )
         codes.scatter_(1, columns.gather(1, picked), code)
         if start == 0:

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from .spec import Order
+from .spec import Order, Starts
 
 PresetName = Literal["best", "fast"]
 
@@ -14,6 +14,7 @@ class Preset:
 
     order: Order
     block: int
+    starts: Starts
     sweeps: int
     candidates: int
     rounds: int
@@ -22,9 +23,15 @@ class Preset:
 
 
 PRESETS: dict[PresetName, Preset] = {
-    "best": Preset("sensitivity", 128, 2, candidates=8, rounds=3, damp=None, drift_correction=None),
-    "fast": Preset("activation", 128, 0, candidates=1, rounds=0, damp=0.01, drift_correction=0.0),
-}
+    "best": Preset(
+        "sensitivity", block=128, starts=8, sweeps=2, candidates=8, rounds=3, damp=None,
+        drift_correction=None,
+    ),
+    "fast": Preset(
+        "activation", block=128, starts=1, sweeps=0, candidates=1, rounds=0, damp=0.01,
+        drift_correction=0.0,
+    ),
+}  # fmt: skip
 
 
 def choose(name: PresetName, **options: Any) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from .regularize import Moments, Trust
 from .regularize import choose as choose_trust
 from .report import LayerReport, Quantized, Report
 from .solver import solve
-from .spec import Order, QuantSpec
+from .spec import Order, QuantSpec, Starts
 from .targets import (
     Call,
     InputTracker,
@@ -69,6 +69,7 @@ def quantize(
     preset: PresetName = "best",
     order: Order | None = None,
     block: int | None = None,
+    starts: Starts | None = None,
     sweeps: int | None = None,
     candidates: int | None = None,
     rounds: int | None = None,
@@ -101,10 +102,10 @@ def quantize(
     skip: glob patterns of layer names that are left as they are.
     preset: what options that are None mean. "best" is for the least loss; "fast" is one
         factorization and one loop in activation order: GPTQ.
-    order, block, sweeps, candidates, rounds, damp, precision, backend: as in `solve`. A damp of
-        None is chosen for each layer in "best", from .01 to 1: by the error on every fourth batch,
-        from the second on, of a solve on the others (`regularize.choose`); then all batches count.
-        Where there is one batch it is .01.
+    order, block, starts, sweeps, candidates, rounds, damp, precision, backend: as in `solve`. A
+        damp of None is chosen for each layer in "best", from .01 to 1: by the error on every fourth
+        batch, from the second on, of a solve on the others (`regularize.choose`); then all batches
+        count. Where there is one batch it is .01.
     batchnorm: "paired" changes the statistics of each BatchNorm as much as quantization changed
         its input on the calibration data, so that its output there has the mean and variance that
         it had: with s = sqrt(var_q / var_fp), running_mean = mean_q + s (running_mean - mean_fp)
@@ -159,8 +160,8 @@ def quantize(
     started = time.perf_counter()
     overrides = dict(overrides or {})
     options = choose(
-        preset, order=order, block=block, sweeps=sweeps, candidates=candidates, rounds=rounds,
-        damp=damp, drift_correction=drift_correction,
+        preset, order=order, block=block, starts=starts, sweeps=sweeps, candidates=candidates,
+        rounds=rounds, damp=damp, drift_correction=drift_correction,
     )  # fmt: skip
     drift = options.pop("drift_correction")
     options |= dict(precision=precision, backend=backend)

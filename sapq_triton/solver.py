@@ -36,9 +36,10 @@ from .order import static_order
 from .refine import curvature, refine
 from .result import SolveReport, SolveResult, dequantize, row_errors
 from .scales import snapped
-from .sparsity import STEP, Sparsity
-from .spec import Order, QuantSpec
+from .sparsity import Sparsity, prune_and_solve
+from .spec import Order, QuantSpec, Starts
 from .tile import bring_both_forward, bring_forward, to_front
+from .tile_solver import by_curvature, solve_tile, starting_points
 
 # factors of the damping, tried one after another while the Hessian is not positive definite
 DAMP_LADDER = (10.0, 100.0, 1000.0, 10000.0)
@@ -54,6 +55,7 @@ def solve(
     *,
     order: Order = "sensitivity",
     block: int = 128,
+    starts: Starts = 1,
     sweeps: int = 2,
     candidates: int = 1,
     rounds: int = 0,
@@ -79,11 +81,16 @@ def solve(
         greedy by itself: exact OBQ), "nearest" (no compensation: the baseline).
     block: columns that are solved between two updates of the rest, in orders "sensitivity" and
         "obq"; the other orders do not depend on it.
+    starts: orders of the columns of a tile that are tried, each with its sweeps: by curvature, then
+        random ones, the same in every call. Each row keeps the codes that cost it least, given that
+        the rest compensates. "obq": one order for each row, that of OBQ; its many inverses make it
+        slow. Only in order "sensitivity".
     sweeps: passes of coordinate descent over each tile before the rest takes up its error; only in
         order "sensitivity".
     candidates: grids that are solved for each row, which keeps the one of least error: that of
-        `spec`, then that of the search "hessian", then this one stretched by .94, 1.06, .88, 1.12,
-        and so on up to MAX_CANDIDATES. One for scale_search "absmax", which is no search, a given
+        `spec`, then that of the search "hessian", then this one with zero points one higher and one
+        lower, unless symmetric, and stretched by .94, 1.06, .88, 1.12, and so on up to
+        MAX_CANDIDATES. One for scale_search "absmax", which is no search, a given
         grid, order "nearest", and a share of zeros, which rows compete for.
     rounds: of refinement after the loop, over whole rows: a least-squares refit of the scales (not
         of a given grid) to the codes, and a sweep of coordinate descent over all columns; each row
@@ -127,18 +134,23 @@ def solve(
     """
     sparsity = _check(weight, hessian, spec, order, damp, window)
     for name, value, least in (
-        ("block", block, 1), ("sweeps", sweeps, 0), ("candidates", candidates, 1),
-        ("rounds", rounds, 0),
+        ("block", block, 1), ("starts", starts, 1), ("sweeps", sweeps, 0),
+        ("candidates", candidates, 1), ("rounds", rounds, 0),
     ):  # fmt: skip
+        if name == "starts" and value == "obq":
+            continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+            other = ", or 'obq'" if name == "starts" else ""
+            raise ValueError(f"{name} must be an integer of at least {least}{other}, got {value!r}")
+    if starts == "obq" and sparsity is not None:
+        raise ValueError("starts 'obq' does not prune, as the sparsity of the spec asks for")
     if candidates > MAX_CANDIDATES:
         raise ValueError(f"candidates must be at most {MAX_CANDIDATES}, got {candidates}")
     ops.uses_triton(weight, backend)  # refuses a backend, or a precision, before any work is done
     ops.dot_precision(precision)
     options: dict[str, Any] = dict(
-        order=order, block=block, sweeps=sweeps, candidates=candidates, rounds=rounds, damp=damp,
-        precision=precision, measure=measure, sparsity=sparsity,
+        order=order, block=block, starts=starts, sweeps=sweeps, candidates=candidates,
+        rounds=rounds, damp=damp, precision=precision, measure=measure, sparsity=sparsity,
     )  # fmt: skip
     tensors = weight.detach(), hessian.detach(), scale, zero_point
     rows = rows or Rows(least=1 if order == "obq" else LEAST)
@@ -191,6 +203,7 @@ def _solve(
     *,
     order: Order,
     block: int,
+    starts: Starts,
     sweeps: int,
     candidates: int,
     rounds: int,
@@ -221,7 +234,7 @@ def _solve(
 
     # a share of zeros is of all rows together
     parts = rows if sparsity is None or sparsity.group > 1 else Rows(least=w.shape[1])
-    solver = _solver(order, block, sweeps, precision, backend, sparsity, parts)
+    solver = _solver(order, block, starts, sweeps, precision, backend, sparsity, parts)
     nearest = partial(_solve_nearest, sparsity=sparsity)
     codes, ranked, used_damp, fallback = _climb(
         solver, nearest, w, revived, damp, scale, zero_point, spec.levels
@@ -434,6 +447,7 @@ Solver = Callable[[Tensor, Tensor, float, Tensor, Tensor, int | Codebook], Solve
 def _solver(
     order: Order,
     block: int,
+    starts: Starts,
     sweeps: int,
     precision: Precision,
     backend: Backend,
@@ -446,8 +460,8 @@ def _solver(
         return partial(_solve_greedy, block=block, precision=precision, backend=backend, rows=rows)
     if order == "sensitivity":
         return partial(
-            _solve_reranked, block=block, sweeps=sweeps, precision=precision, backend=backend,
-            sparsity=sparsity, rows=rows,
+            _solve_reranked, block=block, starts=starts, sweeps=sweeps, precision=precision,
+            backend=backend, sparsity=sparsity, rows=rows,
         )  # fmt: skip
     return partial(
         _solve_static, order=order, precision=precision, backend=backend, sparsity=sparsity,
@@ -561,7 +575,7 @@ def _solve_static(
         if sparsity is None:
             codes, error = ops.solve_columns(w, w, feedback, *grid, precision, backend)
         else:
-            codes, error, _ = _prune_and_solve(
+            codes, error, _ = prune_and_solve(
                 w, feedback, pivots.float(), *grid, precision, backend, sparsity, columns, 0
             )
         original = torch.empty_like(codes.mT)
@@ -573,48 +587,6 @@ def _solve_static(
     return codes, columns, solved & finite.all(1)[:, 0]
 
 
-def _prune_and_solve(
-    weight: Tensor,
-    feedback: Tensor,
-    pivots: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    group: Tensor,
-    qmax: int | Codebook,
-    precision: Precision,
-    backend: Backend,
-    sparsity: Sparsity,
-    columns: Tensor,
-    start: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.solve_columns` a few columns T at a time, to choose those of their weights that go.
-
-        W'_T = W_T + E M_.T M_TT^-1                     what the errors E before make of W_T
-        A_cc = sum_{j in T} (M_TT^-1)_jc^2 / D_j        of the inverse of H = M D M^T from T on
-
-    weight [B, R, F] in the order of columns int64 [B, F], feedback M [B, F, F], pivots D [B, F];
-    start: columns before these  ->  codes uint8, error, pruned bool; [B, R, F]
-    """
-    codes = torch.empty_like(weight, dtype=torch.uint8)
-    pruned = torch.empty_like(weight, dtype=torch.bool)
-    error = torch.empty_like(weight)
-    width = sparsity.whole(STEP)
-    for first in range(0, weight.shape[2], width):
-        before, step = slice(0, first), slice(first, first + width)
-        now, factor = weight[:, :, step], feedback[:, step, step]
-        identity = torch.eye(now.shape[2], device=now.device).expand_as(factor)
-        root = torch.linalg.solve_triangular(factor, identity, upper=True, unitriangular=True)
-        carried = error[:, :, before] @ feedback[:, before, step]
-        diagonal = (root.square() / pivots[:, step, None]).sum(1)
-        cost = (now + carried @ root).square_() / diagonal[:, None]
-        pruned[:, :, step] = gone = sparsity.cheapest(cost, columns[:, step], start + first)
-        codes[:, :, step], error[:, :, step] = ops.solve_columns(
-            now, now + carried, factor, scale, zero_point, group[:, step], qmax,
-            precision, backend, gone,
-        )  # fmt: skip
-    return codes, error, pruned
-
-
 def _solve_reranked(
     weight: Tensor,
     hessian: Tensor,
@@ -624,6 +596,7 @@ def _solve_reranked(
     qmax: int | Codebook,
     *,
     block: int,
+    starts: Starts,
     sweeps: int,
     precision: Precision,
     backend: Backend,
@@ -652,7 +625,7 @@ def _solve_reranked(
             picked = sensitivity.argsort(dim=1, descending=True, stable=True)[:, : end - start]
         else:
             picked = sparsity.largest(sensitivity, columns[:, rest], end - start)
-        picked = picked.gather(1, _by_curvature(permuted(a[:, rest, rest], picked)))
+        picked = picked.gather(1, by_curvature(permuted(a[:, rest, rest], picked)))
         if sparsity is not None:
             picked = picked.gather(1, sparsity.in_steps(columns[:, rest].gather(1, picked)))
         move = to_front(picked, C - start)
@@ -660,21 +633,21 @@ def _solve_reranked(
         bring_forward(columns[:, rest], move, 1)
         bring_both_forward(a[:, rest, rest], move)
 
-        lower, info = torch.linalg.cholesky_ex(a[:, tile, tile])  # A_TT = L L^T = U^T U
-        identity = torch.eye(end - start, device=w.device).expand_as(lower)
-        root = torch.linalg.solve_triangular(lower, identity, upper=False).mT  # U^-1
+        begun, positive = starting_points(a[:, tile, tile], 1 if starts == "obq" else starts)
         code, error = rows.map(
             w.shape[2],
             partial(
-                _solve_tile, w[:, tile].mT, root, scale, zero_point,
+                solve_tile, w[:, tile].mT, begun, scale, zero_point,
                 columns[:, tile] // group_size, qmax, columns=columns[:, tile],
-                sweeps=sweeps if end - start > 1 else 0, start=start,
+                greedy=a[:, tile, tile] if starts == "obq" else None,
+                sweeps=sweeps if end - start > 1 else 0, before=start,
                 precision=precision, backend=backend, sparsity=sparsity,
             ),
         )  # fmt: skip
         codes[each, columns[:, tile]] = code.mT
-        solved = solved & (info == 0) & _finite(error.mT)
+        solved = solved & positive & _finite(error.mT)
         if end < C:
+            root = begun[0].root
             v = root.mT @ a[:, tile, behind]
             cost = ops.compensate(
                 w[:, behind].mT, error @ root, v,
@@ -684,60 +657,6 @@ def _solve_reranked(
             sensitivity = cost / a[:, behind, behind].diagonal(dim1=1, dim2=2)
         del code, error  # else they stay until the next tile is done
     return codes.mT, columns, solved
-
-
-def _solve_tile(
-    weight: Tensor,
-    root: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    group: Tensor,
-    qmax: int | Codebook,
-    rows: slice,
-    *,
-    columns: Tensor,
-    sweeps: int,
-    start: int,
-    precision: Precision,
-    backend: Backend,
-    sparsity: Sparsity | None,
-) -> tuple[Tensor, Tensor]:
-    """Error feedback over the columns of a tile, then coordinate descent, for some rows.
-
-    weight [B, N, T], root [B, T, T] of A_TT^-1 = root root^T, group, columns int64 [B, T]; start:
-    columns before these  ->  codes uint8 [B, rows, T], error
-    """
-    now, grid = weight[:, rows], (scale[:, rows], zero_point[:, rows], group, qmax)
-    feedback, pruned = _by_diagonal(root), None
-    if sparsity is None:
-        code, error = ops.solve_columns(now, now, feedback, *grid, precision, backend)
-    else:
-        pivots = root.diagonal(dim1=1, dim2=2).square()
-        code, error, pruned = _prune_and_solve(
-            now, feedback, pivots, *grid, precision, backend, sparsity, columns, start
-        )
-    curvature = _by_diagonal(root @ root.mT)
-    for _ in range(sweeps):
-        # the same loop again; the columns ahead stand where the last pass put them
-        ahead = now.mT.baddbmm(curvature.tril(-1).mT, error.mT).mT
-        code, error = ops.solve_columns(now, ahead, curvature, *grid, precision, backend, pruned)
-    return code, error
-
-
-def _by_curvature(inverse: Tensor) -> Tensor:
-    """Columns of a tile, largest (A_TT^-1)_cc first: A_TT [B, T, T]  ->  int64 [B, T]
-
-    That is the activation order given that the columns outside the tile will compensate.
-    """
-    lower, info = torch.linalg.cholesky_ex(inverse)
-    lower.diagonal(dim1=1, dim2=2).masked_fill_(info[:, None] != 0, 1)
-    curvature = torch.cholesky_inverse(lower).diagonal(dim1=1, dim2=2)
-    return curvature.argsort(dim=1, descending=True, stable=True)
-
-
-def _by_diagonal(matrix: Tensor) -> Tensor:
-    """Each column divided by its diagonal element; [B, T, T]"""
-    return matrix / matrix.diagonal(dim1=1, dim2=2)[:, None, :]
 
 
 def _solve_greedy(
@@ -754,17 +673,11 @@ def _solve_greedy(
     rows: Rows,
 ) -> Solved:
     """Exact OBQ; it has no order of columns, so the natural one stands in its place."""
+    B, _, C = weight.shape
     a, solved = inverse(hessian, damp)
+    natural = torch.arange(C, device=weight.device).expand(B, C)
     codes, finite = solve_obq(
-        _repeated(weight, scale),
-        a.float(),
-        scale,
-        zero_point,
-        qmax,
-        block,
-        precision,
-        backend,
-        rows,
-    )
-    natural = torch.arange(weight.shape[2], device=weight.device).expand(len(weight), -1)
+        _repeated(weight, scale), a.float(), scale, zero_point, natural // (C // scale.shape[2]),
+        qmax, block, precision, backend, rows,
+    )  # fmt: skip
     return codes, natural, solved & finite

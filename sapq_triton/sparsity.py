@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import ops
+from .codebook import Codebook
+from .ops import Backend, Precision
 from .spec import QuantSpec
 
 # columns whose weights are chosen at a time, after all choices before have had their effect: with
@@ -95,6 +98,48 @@ class Sparsity:
         groups = cost.gather(2, together).unflatten(2, (-1, self.group))
         pruned = _smallest(groups, round(self.share * self.group)).flatten(2)
         return torch.empty_like(pruned).scatter_(2, together, pruned)
+
+
+def prune_and_solve(
+    weight: Tensor,
+    feedback: Tensor,
+    pivots: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor,
+    qmax: int | Codebook,
+    precision: Precision,
+    backend: Backend,
+    sparsity: Sparsity,
+    columns: Tensor,
+    start: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.solve_columns` a few columns T at a time, to choose those of their weights that go.
+
+        W'_T = W_T + E M_.T M_TT^-1                     what the errors E before make of W_T
+        A_cc = sum_{j in T} (M_TT^-1)_jc^2 / D_j        of the inverse of H = M D M^T from T on
+
+    weight [B, R, F] in the order of columns int64 [B, F], feedback M [B, F, F], pivots D [B, F];
+    start: columns before these  ->  codes uint8, error, pruned bool; [B, R, F]
+    """
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+    pruned = torch.empty_like(weight, dtype=torch.bool)
+    error = torch.empty_like(weight)
+    width = sparsity.whole(STEP)
+    for first in range(0, weight.shape[2], width):
+        before, step = slice(0, first), slice(first, first + width)
+        now, factor = weight[:, :, step], feedback[:, step, step]
+        identity = torch.eye(now.shape[2], device=now.device).expand_as(factor)
+        root = torch.linalg.solve_triangular(factor, identity, upper=True, unitriangular=True)
+        carried = error[:, :, before] @ feedback[:, before, step]
+        diagonal = (root.square() / pivots[:, step, None]).sum(1)
+        cost = (now + carried @ root).square_() / diagonal[:, None]
+        pruned[:, :, step] = gone = sparsity.cheapest(cost, columns[:, step], start + first)
+        codes[:, :, step], error[:, :, step] = ops.solve_columns(
+            now, now + carried, factor, scale, zero_point, group[:, step], qmax,
+            precision, backend, gone,
+        )  # fmt: skip
+    return codes, error, pruned
 
 
 def _smallest(value: Tensor, count: int) -> Tensor:

@@ -10,6 +10,7 @@ from .codebook import FP4, NF4, Codebook
 ScaleSearch = Literal["absmax", "mse", "hessian"]
 ScaleDtype = Literal["float32", "float16", "bfloat16", "power-of-two", "uint8"]
 CodebookName = Literal["int", "nf4", "fp4"]
+Starts = int | Literal["obq"]
 Order = Literal[
     "sensitivity", "sensitivity-static", "activation", "min-pivot", "natural", "obq", "nearest"
 ]

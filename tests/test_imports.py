@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "packing": set(),
     "preset": {"spec"},
     "refine": {"codebook", "hessian", "ops", "result"},
-    "sparsity": {"spec"},
+    "sparsity": {"codebook", "ops", "spec"},
+    "tile_solver": {"codebook", "obq", "ops", "reference", "sparsity"},
     "grids": {"hessian", "memory", "ops", "scales", "spec"},
     "solver": {
         "codebook",
@@ -45,6 +46,7 @@ MAY_IMPORT = {
         "sparsity",
         "spec",
         "tile",
+        "tile_solver",
     },
     "regularize": {"hessian", "ops", "solver", "spec"},
     "knapsack": set(),

@@ -260,7 +260,7 @@ def test_last_resort_is_the_cpu() -> None:
     tried = Rows()
     tried.failed += [140, 128]
     options: dict[str, Any] = dict(
-        order="sensitivity", block=128, sweeps=2, candidates=2, rounds=1, damp=0.01,
+        order="sensitivity", block=128, starts=1, sweeps=2, candidates=2, rounds=1, damp=0.01,
         precision="tf32x3", measure=True, sparsity=None,
     )  # fmt: skip
     result = _solve_on_cpu(weight, hessian, None, None, QuantSpec(4), options, tried)

@@ -191,21 +191,21 @@ def test_rounds_better_every_order(order: Any, bits: int, group_size: int) -> No
 
 
 @pytest.mark.parametrize("order", ["activation", "natural"])
-def test_candidates_are_the_best_of_solves_on_each_grid(order: Any) -> None:
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_candidates_are_the_best_of_solves_on_each_grid(order: Any, symmetric: bool) -> None:
     """In an order that the weights do not decide, rows of other candidates change nothing."""
     weight, hessian = layer()
-    spec = QuantSpec(3, 16)
+    spec = QuantSpec(3, 16, symmetric)
     first = solve(weight, hessian, spec, order=order)
     weighted = solve(weight, hessian, replace(spec, scale_search="hessian"), order=order)
     results = [first, weighted]
-    for stretch in (0.94, 1.06, 0.88):
-        scale = weighted.scale * stretch
-        results.append(
-            solve(weight, hessian, spec, order=order, scale=scale, zero_point=weighted.zero_point)
-        )
+    changes = [(1, 1), (1, -1), (0.94, 0), (1.06, 0), (0.88, 0)]
+    for stretch, step in changes if not symmetric else changes[2:]:
+        scale, zero = weighted.scale * stretch, (weighted.zero_point + step).clamp(0, 7)
+        results.append(solve(weight, hessian, spec, order=order, scale=scale, zero_point=zero))
     errors = torch.stack([damped_errors(weight, hessian, result) for result in results])
     assert len(set(errors.argmin(0).tolist())) > 2  # all sorts of them win
-    for count in range(1, 6):
+    for count in range(1, len(results) + 1):
         found = solve(weight, hessian, spec, order=order, candidates=count)
         best = errors[:count].argmin(0).tolist()
         for name in ("codes", "scale", "zero_point"):
@@ -215,7 +215,7 @@ def test_candidates_are_the_best_of_solves_on_each_grid(order: Any) -> None:
 
 def test_a_hessian_search_comes_first_where_it_is_asked_for() -> None:
     weight, hessian = layer()
-    spec = QuantSpec(3, scale_search="hessian")
+    spec = QuantSpec(3, symmetric=True, scale_search="hessian")
     plain = solve(weight, hessian, spec, order="natural")
     two = solve(weight, hessian, spec, order="natural", candidates=2)
     ratio = two.scale / plain.scale

@@ -107,6 +107,13 @@ SOLVE: dict[str, tuple[dict[str, Any], str]] = {  # arguments that differ from a
     "block--1": ({"block": -1}, r"block must be .* got -1"),
     "block-float": ({"block": 16.0}, r"block must be .* got 16\.0"),
     "block-bool": ({"block": True}, r"block must be .* got True"),
+    "starts-0": ({"starts": 0}, r"starts must be an integer of at least 1, or 'obq', got 0"),
+    "starts-bool": ({"starts": True}, r"starts must be .* got True"),
+    "starts-text": ({"starts": "best"}, r"starts must be .* got 'best'"),
+    "starts-obq-sparsity": (
+        {"starts": "obq", "spec": QuantSpec(4, sparsity=0.5)},
+        "starts 'obq' does not prune",
+    ),
     "sweeps-negative": ({"sweeps": -1}, r"sweeps must be an integer of at least 0, got -1"),
     "sweeps-float": ({"sweeps": 2.0}, r"sweeps must be .* got 2\.0"),
     "sweeps-bool": ({"sweeps": True}, r"sweeps must be .* got True"),

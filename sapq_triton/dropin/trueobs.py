@@ -197,15 +197,15 @@ class TrueOBS(LayerProblem):
     ) -> Tensor:
         """Exact OBQ of one group's rows [R, C], float32; zeros stay.  ->  codes uint8 [R, C]"""
         coupled = hessian.count_nonzero(0) > 1
+        group = torch.zeros_like(weight, dtype=torch.int64)
         if not ((weight == 0) & coupled).any():
             inverse = _inverse(hessian).float()
             codes, _ = solve_obq(
-                weight[None], inverse[None], scale[None], zero[None], qmax,
+                weight[None], inverse[None], scale[None], zero[None], group[None, 0], qmax,
                 self.block, self.precision, self.backend,
             )  # fmt: skip
             return codes[0]
         codes = torch.empty_like(weight, dtype=torch.uint8)
-        group = torch.zeros_like(weight, dtype=torch.int64)
         for rows in torch.arange(len(weight), device=weight.device).split(parallel):
             w = weight[rows]
             picked, code, _ = ops.solve_rows(

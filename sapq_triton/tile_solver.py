@@ -1,0 +1,135 @@
+"""The codes of one tile of columns, all rows in parallel: T of the solver's loop.
+
+What the codes Q of a tile cost once all other columns have taken up their error is
+
+    (w - q) A_TT^-1 (w - q)^T
+
+of each row: to find the least is a closest vector problem, of which error feedback (Babai's nearest
+plane) and coordinate descent find an approximation that depends on the order of the columns. So
+several orders are tried. On the layers of all-MiniLM-L6-v2 eight of them lower the held-out error
+by 4 % at 4 and at 2 bits, sixteen by 5 %; an order for each row, that of OBQ (`greedy`), lowers it
+by 4 and 6 %, and takes many times as long.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .codebook import Codebook
+from .obq import solve_obq
+from .ops import Backend, Precision
+from .sparsity import Sparsity, prune_and_solve
+
+
+class Start(NamedTuple):
+    """An order of the columns of a tile.
+
+    order: int64 [T]. root: [B, T, T], upper triangular, of A_TT^-1 = root root^T in that order.
+    """
+
+    order: Tensor
+    root: Tensor
+
+
+def starting_points(inverse: Tensor, count: int) -> tuple[list[Start], Tensor]:
+    """The order that the columns have, then random ones, the same in every call.
+
+    A_TT [B, T, T]  ->  `count` starts, and whether A_TT is positive definite, bool [B]
+    """
+    T = inverse.shape[1]
+    identity = torch.eye(T, device=inverse.device).expand_as(inverse)
+    starts, failed = [], []
+    for number in range(count):
+        order = torch.arange(T)
+        if number:
+            order = torch.randperm(T, generator=torch.Generator().manual_seed(number))
+        order = order.to(inverse.device)
+        a = inverse[:, order][:, :, order] if number else inverse
+        lower, info = torch.linalg.cholesky_ex(a)  # A_TT = L L^T = U^T U
+        root = torch.linalg.solve_triangular(lower, identity, upper=False).mT  # U^-1
+        starts.append(Start(order, root))
+        failed.append(info)
+    return starts, failed[0] == 0
+
+
+def solve_tile(
+    weight: Tensor,
+    starts: list[Start],
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor,
+    qmax: int | Codebook,
+    rows: slice,
+    *,
+    columns: Tensor,
+    greedy: Tensor | None,
+    sweeps: int,
+    before: int,
+    precision: Precision,
+    backend: Backend,
+    sparsity: Sparsity | None,
+) -> tuple[Tensor, Tensor]:
+    """Error feedback over the columns, then coordinate descent, from each start; for some rows.
+
+    greedy: A_TT [B, T, T], to begin with the codes of OBQ in place of error feedback; else None.
+    A row keeps the codes that cost it least, |(w - q) root|^2, the first of equals. The zeros of a
+    sparsity are those that the first start chooses.
+
+    weight [B, N, T], group, columns int64 [B, T]; before: columns that are quantized already
+    ->  codes uint8 [B, rows, T], error
+    """
+    now, scales = weight[:, rows], (scale[:, rows], zero_point[:, rows])
+    how = precision, backend
+    pruned: Tensor | None = None
+    best: tuple[Tensor, ...] = ()
+    for order, root in starts:
+        w, grid = in_order(now, order), (*scales, group[:, order], qmax)
+        zeros = None if pruned is None else in_order(pruned, order)
+        feedback = _by_diagonal(root)
+        if greedy is not None:
+            code, _ = solve_obq(w, greedy, *grid, weight.shape[2], *how)
+            s, z = (reference.per_column(each, grid[2]) for each in scales)
+            error = w - reference.to_value(code.to(w), s, z, qmax)
+        elif sparsity is not None and pruned is None:
+            pivots = root.diagonal(dim1=1, dim2=2).square()
+            code, error, zeros = prune_and_solve(
+                w, feedback, pivots, *grid, *how, sparsity, columns[:, order], before
+            )
+            pruned = in_order(zeros, order.argsort())
+        else:
+            code, error = ops.solve_columns(w, w, feedback, *grid, *how, zeros)
+        curvature = _by_diagonal(root @ root.mT)
+        for _ in range(sweeps):
+            # the same loop again; the columns ahead stand where the last pass put them
+            ahead = w.mT.baddbmm(curvature.tril(-1).mT, error.mT).mT
+            code, error = ops.solve_columns(w, ahead, curvature, *grid, *how, zeros)
+        cost = (error @ root).square().sum(2, keepdim=True)
+        found = *(in_order(each, order.argsort()) for each in (code, error)), cost
+        if best:
+            better = cost < best[2]
+            found = tuple(torch.where(better, *pair) for pair in zip(found, best, strict=True))
+        best = found
+    return best[0], best[1]
+
+
+def in_order(matrix: Tensor, order: Tensor) -> Tensor:
+    """Columns [..., order] of [B, N, T]; rows stay innermost in memory"""
+    return matrix.mT[:, order].mT
+
+
+def by_curvature(inverse: Tensor) -> Tensor:
+    """Columns of a tile, largest (A_TT^-1)_cc first: A_TT [B, T, T]  ->  int64 [B, T]
+
+    That is the activation order given that the columns outside the tile will compensate.
+    """
+    lower, info = torch.linalg.cholesky_ex(inverse)
+    lower.diagonal(dim1=1, dim2=2).masked_fill_(info[:, None] != 0, 1)
+    curvature = torch.cholesky_inverse(lower).diagonal(dim1=1, dim2=2)
+    return curvature.argsort(dim=1, descending=True, stable=True)
+
+
+def _by_diagonal(matrix: Tensor) -> Tensor:
+    """Each column divided by its diagonal element; [B, T, T]"""
+    return matrix / matrix.diagonal(dim1=1, dim2=2)[:, None, :]
