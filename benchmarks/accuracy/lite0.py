@@ -53,8 +53,8 @@ def predict(model: nn.Module, pixels: Tensor) -> Tensor:
 
 class Study:
     loss = "kl"
-    groups = (-1,)
-    symmetric = False
+    group_size = -1
+    grid = "asymmetric"
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.model = load_efficientnet_lite0()

@@ -13,7 +13,20 @@ METHODS: dict[str, Options] = {
     "SAPQ": {},
 }
 
-FIXED: Options = dict(candidates=6, rounds=2, damp=0.01, drift_correction=0.5)
+# name -> options of `sapq_triton.QuantSpec`
+GRIDS: dict[str, Options] = {
+    "asymmetric": {},
+    "symmetric": dict(symmetric=True),
+    "uint8 scales": dict(symmetric=True, scale_dtype="uint8"),
+    "power-of-two scales": dict(symmetric=True, scale_dtype="power-of-two"),
+    "nf4": dict(symmetric=True, codebook="nf4"),
+    "fp4": dict(symmetric=True, codebook="fp4"),
+    "fp4, power-of-two scales": dict(symmetric=True, codebook="fp4", scale_dtype="power-of-two"),
+    "2:4 zeros": dict(sparsity="2:4"),
+    "half zeros": dict(sparsity=0.5),
+}
+
+FIXED: Options = dict(starts=1, candidates=6, rounds=2, damp=0.01, drift_correction=0.5)
 
 # the parts of SAPQ, one after another on top of GPTQ, and what it chooses fixed
 PARTS: dict[str, Options] = {
@@ -34,6 +47,8 @@ PARTS: dict[str, Options] = {
     "SAPQ, damping .3": FIXED | dict(damp=0.3),
     "SAPQ, damping .1, drift correction 1": FIXED | dict(damp=0.1, drift_correction=1.0),
     "SAPQ without bias correction": dict(bias_correction=False),
+    "SAPQ, one start": dict(starts=1),
+    "SAPQ, an order for each row": dict(starts="obq"),
 }
 
 

@@ -36,8 +36,8 @@ def load() -> tuple[nn.Module, Tensor]:
 
 class Study:
     loss = "embedding"
-    groups = (-1, 128, 64, 32)
-    symmetric = False
+    group_size = -1
+    grid = "asymmetric"
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.model, self.sequences = load()

@@ -158,8 +158,8 @@ class Study:
     """
 
     loss = "kl"
-    groups = (64, 128, 32)
-    symmetric = True
+    group_size = 64
+    grid = "symmetric"
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.model, self._tokenizer = load(), load_tokenizer()

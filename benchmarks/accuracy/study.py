@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.accuracy import lite0, minilm, smollm2, yolov5n
-from benchmarks.accuracy.methods import METHODS, PARTS, Options
+from benchmarks.accuracy.methods import GRIDS, METHODS, PARTS, Options
 from benchmarks.measure import environment, markdown
 from sapq_triton import QuantSpec, quantize
 from sapq_triton.layers import called_with, find_layers, kind
@@ -41,13 +41,13 @@ class Subject(Protocol):
     """A model with its data.
 
     loss: the metric, of those of `score`, that figures show; all are better the closer to that of
-    the full-precision model. groups: columns per scale that are studied, -1 for one per row.
+    the full-precision model. group_size: columns per scale, -1 for one per row. grid: of GRIDS.
     """
 
     title: str
     loss: str
-    groups: tuple[int, ...]
-    symmetric: bool  # the grid that is studied first
+    group_size: int
+    grid: str
     setup: dict[str, Any]  # what the results depend on
     model: nn.Module
     options: Options  # of `quantize`
@@ -74,17 +74,16 @@ SUBJECTS = {
 class Cell:
     bits: int
     group_size: int
-    symmetric: bool
+    grid: str
     method: str
     seed: int
 
     def __str__(self) -> str:
-        grid = "symmetric" if self.symmetric else "asymmetric"
-        return f"W{self.bits} | {self.group_size} | {grid} | {self.method} | seed {self.seed}"
+        return f"W{self.bits} | {self.group_size} | {self.grid} | {self.method} | seed {self.seed}"
 
     @property
-    def row(self) -> tuple[int, int, bool, str]:
-        return self.bits, self.group_size, self.symmetric, self.method
+    def row(self) -> tuple[int, int, str, str]:
+        return self.bits, self.group_size, self.grid, self.method
 
 
 # --- measurement ----------------------------------------------------------------------------------
@@ -131,7 +130,7 @@ class LayerErrors:
 
 
 def measure(subject: Subject, cell: Cell, options: Options) -> dict[str, Any]:
-    spec = QuantSpec(cell.bits, cell.group_size, cell.symmetric)
+    spec = QuantSpec(cell.bits, cell.group_size, **GRIDS[cell.grid])
     model = copy.deepcopy(subject.model)
     report = quantize(
         model, subject.calibration(cell.seed), spec, progress=False, **subject.options | options
@@ -172,16 +171,18 @@ def _type(model: nn.Module, name: str) -> str:
 # --- what is measured -----------------------------------------------------------------------------
 
 
-def plan(subject: Subject, seeds: Sequence[int], bits: Sequence[int], full: bool) -> list[Cell]:
+def plan(
+    seeds: Sequence[int], bits: Sequence[int], groups: Sequence[int], grids: Sequence[str]
+) -> list[Cell]:
     """Main methods with all seeds first, then the parts with the first seed."""
 
     def cells(methods: Sequence[str], seeds: Sequence[int]) -> Iterator[Cell]:
         for seed in seeds:
             for width in bits:
-                for group in subject.groups if full else subject.groups[:1]:
-                    for symmetric in (subject.symmetric, not subject.symmetric)[: 1 + full]:
+                for group in groups:
+                    for grid in grids:
                         for method in methods:
-                            yield Cell(width, group, symmetric, method, seed)
+                            yield Cell(width, group, grid, method, seed)
 
     return [*cells([*METHODS], seeds), *cells([*PARTS], seeds[:1])]
 
@@ -209,7 +210,7 @@ class Results:
 
 def table(subject: Subject, results: Results, cells: Sequence[Cell]) -> str:
     """Mean over the seeds ± their sample standard deviation."""
-    rows: dict[tuple[int, int, bool, str], list[dict[str, Any]]] = {}
+    rows: dict[tuple[int, int, str, str], list[dict[str, Any]]] = {}
     for cell in cells:
         if str(cell) in results.cells:
             rows.setdefault(cell.row, []).append(results.cells[str(cell)])
@@ -226,12 +227,12 @@ def table(subject: Subject, results: Results, cells: Sequence[Cell]) -> str:
         (
             f"W{bits}",
             "row" if group == -1 else str(group),
-            "sym." if symmetric else "asym.",
+            grid,
             method,
             str(len(runs)),
             *(text(runs, name) for name in metrics),
         )
-        for (bits, group, symmetric, method), runs in sorted(
+        for (bits, group, grid, method), runs in sorted(
             rows.items(), key=lambda item: (-item[0][0], item[0][1], item[0][2])
         )
     ]
@@ -247,7 +248,8 @@ def main() -> None:
         command.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
         command.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
         command.add_argument("--methods", nargs="+", help="names of rows; all by default")
-        command.add_argument("--full", action="store_true", help="all groups, both grids")
+        command.add_argument("--groups", type=int, nargs="+", help="columns per scale; -1: a row")
+        command.add_argument("--grids", nargs="+", choices=GRIDS)
         command.add_argument("--minutes", type=float, default=30.0, help="then stop (30)")
         command.add_argument("--json", type=Path)
         command.add_argument("--figures", type=Path, help="folder for the plots")
@@ -256,7 +258,8 @@ def main() -> None:
     subject: Subject = SUBJECTS[options.subject](options)
     path = options.json or Path(f"study-{options.subject}.json")
     results = Results(path, {"subject": subject.title, **subject.setup})
-    cells = plan(subject, options.seeds, options.bits, options.full)
+    groups, grids = options.groups or [subject.group_size], options.grids or [subject.grid]
+    cells = plan(options.seeds, options.bits, groups, grids)
     if options.methods:
         cells = [cell for cell in cells if cell.method in options.methods]
     named = METHODS | PARTS
@@ -274,7 +277,9 @@ def main() -> None:
     if options.figures:
         from benchmarks.accuracy import figures
 
-        figures.draw(options.subject, subject.loss, results.cells, options.figures)
+        shown = {key: values for key, values in results.cells.items()
+                 if f" | {subject.group_size} | {subject.grid} | " in key}  # fmt: skip
+        figures.draw(options.subject, subject.loss, shown, options.figures)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ def detect(model: nn.Module, examples: Sequence[Example]) -> list[Detections]:
 
 class Study:
     loss = "output"
-    groups = (-1,)
-    symmetric = False
+    group_size = -1
+    grid = "asymmetric"
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.model = load_yolov5_onnx(options.weights)
