@@ -109,6 +109,7 @@ class Replay:
         self._due: set[Hashable] = set()
         self._reached: Hashable | None = None
         self._forgotten: Hashable | None = None
+        self._waits_at: Hashable | None = None
 
     def is_new(self, station: Hashable) -> bool:
         """Whether the pass that asks has not been at this station before."""
@@ -116,9 +117,9 @@ class Replay:
         self._visits.add((self._number, station))
         return not known
 
-    def forget(self, station: Hashable) -> None:
-        """Every pass comes to this station anew, from the first one on."""
-        self._forgotten = station
+    def forget(self, station: Hashable, waits_at: Hashable | None = None) -> None:
+        """Every pass comes to this station anew, from the first one on, and to where it waits."""
+        self._forgotten, self._waits_at = station, waits_at or station
 
     def meet(self, station: Hashable, acts: bool = True) -> None:
         """Go on where the station is done; else the pass ends here, for now. acts: as above."""
@@ -147,7 +148,7 @@ class Replay:
                 return
             number, due = place
             station = self._stations[number]
-            if station == self._forgotten:
+            if self._forgotten is not None and station == self._waits_at:
                 continue
             if due:
                 self._actions[station]()

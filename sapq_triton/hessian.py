@@ -38,6 +38,7 @@ class HessianSum:
         self.sums = torch.zeros(groups, columns, dtype=dtype, device=device)
         self.drifts = torch.zeros_like(self.total) if drift else None
         self.rows = 0
+        self.unmatched = 0  # rows of which nobody knows what they were in the other model
 
     def add(
         self,
@@ -75,6 +76,7 @@ class HessianSum:
         self.total += other.total
         self.sums += other.sums
         self.rows += other.rows
+        self.unmatched += other.unmatched
         if self.drifts is not None and other.drifts is not None:
             self.drifts += other.drifts
 

@@ -20,41 +20,34 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import layers, packed
-from .baseline import against_nearest
 from .calibrate import Action, BatchMoments, ChannelMoments, Lockstep, Place, Replay
 from .corrections import BatchNormRule, Corrections
 from .finite import check_finite, check_parts
 from .forward import Forward, feed, to_device, undisturbed
-from .hessian import HessianSum, Prior, drifted
+from .hessian import HessianSum, Prior
 from .layers import Layer
 from .machine import Stopwatch, environment, peak_memory
 from .ops import Backend, Precision, uses_triton
 from .preset import PresetName, choose
 from .progress import Advance, layer_cost, progress_bar
 from .ranks import Ranks
-from .regularize import Moments, Trust
-from .regularize import choose as choose_trust
 from .report import LayerReport, Quantized, Report
 from .solver import solve
+from .solving import DAMP, Solving
 from .spec import Order, QuantSpec, Starts
 from .targets import (
     Call,
     InputTracker,
     Observed,
-    Solution,
     Station,
     Target,
     VersionedRef,
+    Wave,
     find_experts,
     find_leaders,
     find_targets,
-    split_rows,
+    find_waves,
 )
-
-OTHER_WAYS = "once quantized, not called as in full precision: drift of some inputs is unknown"
-
-# where nothing is held out to choose them on
-DAMP, DRIFT_CORRECTION = 0.01, 0.5
 
 Meeting = Lockstep | Replay
 
@@ -286,16 +279,15 @@ class _Run:
         self.model, self.batches, self.targets = model, batches, targets
         self.ranks, self.own = ranks, ranks.own(len(batches))
         self.deterministic = deterministic
-        self.drift_correction = drift_correction
+        self.stopwatch = Stopwatch()
+        self.solving = Solving(options, drift_correction, hessian_dtype, ranks, self.stopwatch)
         # where something is to be chosen on them, every fourth batch from the second on
-        chooses = options["damp"] is None or drift_correction is None
-        self.held_out = {*range(1, len(batches), 4)} if chooses else set()
+        self.held_out = {*range(1, len(batches), 4)} if self.solving.chooses else set()
         self.hessian_dtype, self.mask_key = hessian_dtype, mask_key
         self.forward, self.replay, self.options = forward, replay, options
         self.device = next(model.parameters()).device
         self.modules = dict(model.named_modules())
         self.corrections = Corrections(self.modules, batchnorm, bias_correction, ranks)
-        self.stopwatch = Stopwatch()
         self.layers_done: list[LayerReport] = []
         self.sequence: list[Station] = []  # order of execution
         self.repeats: dict[Station, int] = {}  # most visits in one forward pass
@@ -304,14 +296,13 @@ class _Run:
         # in place leaves the same tensor, changed
         self._seen, self._inputs = Observed({}, {}, {}, {}), InputTracker()
         self._latest: tuple[str, VersionedRef | None] = ("", None)
-        # of the batch that this thread runs: its mask, and what each layer got, by name
+        # of the batch that this thread runs: its mask, and what each layer got, by name; of which
+        # wave rows are summed, and whether an expert was met on the way
         self._pass = threading.local()
         self._original: dict[tuple[int, str], Tensor] = {}  # full-precision inputs, by batch, layer
         self._pooling = False  # an expert runs on rows of others
-
-    @property
-    def _drifts(self) -> bool:
-        return self.drift_correction is None or self.drift_correction > 0
+        self._waves: dict[str, list[Wave]] = {}  # by the module that runs the experts
+        self._of_waves: set[str] = set()  # names of their layers
 
     def observe(self) -> None:
         """First pass, of the untouched model: order of execution, repeats, shared inputs, means."""
@@ -345,6 +336,12 @@ class _Run:
         self._sum_repeated()
         find_leaders(self.targets, [batch.inputs for batch in batches])
         self._pool_experts()
+        copies = (1 + self.solving.drifts) * (1 + self.solving.chooses)
+        order = [name for what, name in self.sequence if what == "solve"]
+        self._waves = find_waves(self.modules, self.targets, order, copies)
+        self._of_waves = {
+            t.name for waves in self._waves.values() for w in waves for t in w.targets
+        }
 
     def _merge_sequence(self, visits: dict[Station, int]) -> None:
         """Stations that no batch before this one visited go behind the one visited just before."""
@@ -447,7 +444,7 @@ class _Run:
             for number in self.own:
                 self._run_batch(self.batches[number], number)
         for target, pool, members in pools:
-            empty = partial(pool.empty_sum, self.hessian_dtype, self._drifts)
+            empty = partial(pool.empty_sum, self.hessian_dtype, self.solving.drifts)
             total, held_out = (self.ranks.sum(pool.sums[which], empty()) for which in (False, True))
             total.merge(held_out)
             if total.rows:
@@ -473,7 +470,7 @@ class _Run:
 
     def solve_all(self, advance: Advance) -> None:
         """Second pass, in lockstep: solve a layer, correct what follows, go on."""
-        original = _copied(self.model) if self._drifts else None
+        original = _copied(self.model) if self.solving.drifts else None
         passes = []
         for number in self.own:
             batch = self.batches[number]
@@ -491,7 +488,12 @@ class _Run:
             ("norm", name): partial(corrections.correct_norm, name, now)
             for name, now in moments.items()
         }
-        seen = [station for station in self.sequence if station in actions]
+        actions |= {
+            wave.station: partial(self._solve_wave, wave, advance)
+            for waves in self._waves.values()
+            for wave in waves
+        }
+        seen = [station for station in self._order() if station in actions]
         meeting = (Replay if self.replay else Lockstep)(
             passes, {station: actions[station] for station in [*seen, *actions]}, self._agree
         )
@@ -499,12 +501,18 @@ class _Run:
         if original is not None:
             hooks += [
                 original.get_submodule(name).register_forward_pre_hook(
-                    partial(self._meet_original, meeting, name), with_kwargs=True
+                    partial(self._meet_original, meeting, target, name), with_kwargs=True
                 )
                 for target in self.targets.values()
                 if not target.repeated
                 for name in target.twins
             ]
+        for name, waves in self._waves.items():
+            for model in (self.model, *([] if original is None else [original])):
+                run = partial(self._run_waves, meeting, waves)
+                hooks.append(
+                    model.get_submodule(name).register_forward_pre_hook(run, with_kwargs=True)
+                )
         for target in self.targets.values():
             for twin in target.twins:
                 hooks.append(
@@ -527,6 +535,63 @@ class _Run:
         for target in missed:
             self._solve(target, advance)
 
+    def _order(self) -> Iterator[Station]:
+        """Of execution, the waves of a block before its first layer."""
+        block_of = {t.name: n for n, ws in self._waves.items() for w in ws for t in w.targets}
+        begun = set()
+        for station in self.sequence:
+            block = block_of.get(station[1])
+            if block is not None and block not in begun:
+                begun.add(block)
+                yield from (wave.station for wave in self._waves[block])
+            yield station
+
+    def _run_waves(
+        self, meeting: Meeting, waves: list[Wave], module: nn.Module, args: Any, kwargs: Any
+    ) -> None:
+        """The experts, once for each wave, before they run to the end: their rows are summed."""
+        if self._pass.wave is not None:
+            return
+        for wave in waves:
+            if wave.done:
+                continue
+            self._pass.wave, self._pass.among_experts = {t.name for t in wave.targets}, False
+            # what runs may change its inputs in place
+            again = {name: _cloned(value) for name, value in kwargs.items()}
+            module.forward(*map(_cloned, args), **again)
+            self._pass.wave = None
+            meeting.meet(wave.station, acts=self._pass.quantizes)
+            if not self._pass.quantizes:
+                for target in wave.targets:
+                    self._original.pop((self._pass.number, target.name), None)
+
+    def _passes_by(self, name: str) -> bool:
+        """Whether this pass, of a wave, is not for this layer: another expert's, or behind them."""
+        wave = self._pass.wave
+        if wave is None:
+            return False
+        self._pass.among_experts |= name in self._of_waves
+        return bool(self._pass.among_experts) and name not in wave
+
+    def _solve_wave(self, wave: Wave, advance: Advance) -> None:
+        """Those that rows have come to; what none has reached by now is as any other layer."""
+        wave.done = True
+        with self.stopwatch.stage("solves"):
+            seen = self.ranks.gather([t.name for t in wave.targets if any(t.sums.values())])
+            reached = {name for names in seen for name in names}
+            for target in wave.targets:
+                self._settle(target)
+            groups = [
+                self._with_companions(target)
+                for target in wave.targets
+                if target.leader is None and not target.solved and target.name in reached
+            ]
+            if groups:
+                self.solving.solve(groups)
+            for target in (target for group in groups for target in group):
+                self._finish(target)
+                advance(target.name)
+
     def _agree(self, own: Place | None) -> Place | None:
         """The first of the places where the passes of all processes wait."""
         places = [place for place in self.ranks.gather(own) if place is not None]
@@ -538,6 +603,8 @@ class _Run:
     def _meet_layer(
         self, meeting: Meeting, target: Target, name: str, module: Layer, args: Any, kwargs: Any
     ) -> None:
+        if self._passes_by(name):
+            return
         station: Station = ("solve", name)
         if not target.solved and meeting.is_new(station):
             call = self._call(name, args, kwargs)
@@ -547,17 +614,20 @@ class _Run:
                 self._add_rows(target, call)
         if target.leader is None:  # its companions ask for it
             self._pass.inputs[name] = VersionedRef(layers.called_with(name, args, kwargs))
-        if not target.solved:
+        if not target.solved and name not in (self._pass.wave or ()):
             meeting.meet(station)
 
     def _meet_original(
-        self, meeting: Meeting, name: str, module: Layer, args: Any, kwargs: Any
+        self, meeting: Meeting, target: Target, name: str, module: Layer, args: Any, kwargs: Any
     ) -> None:
         """The full-precision model waits with its input: the quantized one comes after it."""
+        if self._passes_by(name) or target.solved:
+            return
         key = self._pass.number, name
         self._original[key] = layers.called_with(name, args, kwargs)
-        meeting.meet(("solve", name), acts=False)
-        del self._original[key]
+        if name not in (self._pass.wave or ()):  # else it waits behind all experts
+            meeting.meet(("solve", name), acts=False)
+            del self._original[key]
 
     def _share_inputs(self, meeting: Meeting, target: Target, leader: Target, call: Call) -> None:
         """The rows are in the leader's Hessian, unless quantization changed the model's ways."""
@@ -572,7 +642,8 @@ class _Run:
                 )
             self._part_from_leader(target, leader)  # calls of other batches, which wait, too
             if isinstance(meeting, Replay):
-                meeting.forget(("solve", target.name))
+                wave = [w.station for ws in self._waves.values() for w in ws if target in w.targets]
+                meeting.forget(("solve", target.name), *wave)
 
     def _call(self, name: str, args: Any, kwargs: Any) -> Call:
         original = self._original.get((self._pass.number, name))
@@ -594,7 +665,7 @@ class _Run:
         sums = target.sums[call.batch in self.held_out]
         key = call.batch if self.deterministic else self.ranks.rank
         if key not in sums:
-            sums[key] = target.empty_sum(self.hessian_dtype, self._drifts)
+            sums[key] = target.empty_sum(self.hessian_dtype, self.solving.drifts)
         total = sums[key]
         total.add(rows, window, self.options["precision"], self.options["backend"])
         if total.drifts is not None and not target.repeated:
@@ -602,8 +673,8 @@ class _Run:
                 before, _ = layers.input_rows(target.module, call.original, call.mask)
                 check_finite(before, f"the input of {target.name!r} in the full-precision model")
                 total.add_drift(rows, before, window)
-            elif OTHER_WAYS not in target.notes:
-                target.notes.append(OTHER_WAYS)
+            else:
+                total.unmatched += len(rows)
 
     def _solve(self, target: Target, advance: Advance) -> None:
         """Solve a layer, unless its leader has brought the solution, and put that into effect."""
@@ -619,14 +690,20 @@ class _Run:
         for call in target.calls:
             self._add_rows(target, call)
 
-    def _finish(self, target: Target) -> None:
+    def _settle(self, target: Target) -> None:
+        """Whether it has a leader, which other processes may have found that it has not."""
         if target.led_by is not None:
             alone = self.ranks.gather(target.leader is None)
             if any(alone) and target.leader is not None:
                 self._part_from_leader(target, target.leader)
+
+    def _with_companions(self, target: Target) -> list[Target]:
+        return [target, *(other for other in self.targets.values() if other.leader is target)]
+
+    def _finish(self, target: Target) -> None:
+        self._settle(target)
         if target.solution is None:
-            followers = [other for other in self.targets.values() if other.leader is target]
-            self._solve_together([target, *followers])
+            self.solving.solve([self._with_companions(target)])
         solution, target.solution = target.solution, None
         assert solution is not None
         started = time.perf_counter()
@@ -671,65 +748,6 @@ class _Run:
         )
         target.solved, target.calls = True, []
 
-    def _solve_together(self, targets: list[Target]) -> None:
-        """One solve on the Hessian of the first layer; each one finds its part in `solution`."""
-        started = time.perf_counter()
-        leader, names = targets[0], [target.name for target in targets]
-        weights = [layers.weight_matrix(target.module) for target in targets]
-        rows = [weight.shape[1] for weight in weights]
-        spec, window = leader.spec, layers.window_size(leader.module)
-        empty = partial(leader.empty_sum, self.hessian_dtype, self._drifts)
-        total, held_out = (self.ranks.sum(leader.sums[which], empty()) for which in (False, True))
-        for sums in (total, held_out):
-            sums.check(leader.name)
-        trust = self._trust(leader, torch.cat(weights, 1), total, held_out)
-        if held_out.rows:
-            total.merge(held_out)
-        hessian, drift = total.take()
-        if leader.prior is not None:
-            hessian, drift = leader.prior.joined(hessian, drift, total.rows)
-            leader.notes.append(leader.prior.note(total.rows))
-        if drift is not None:
-            ridge, fraction = trust.ridge, trust.fraction
-            weights = [drifted(w.float(), hessian, drift, ridge, fraction) for w in weights]
-        options = self.options | {"damp": trust.damp, "window": window}
-        shared = partial(self.ranks.shared_rows, hessian)
-        if spec.share:  # of each layer, not of all together
-            parts = [solve(w, hessian, spec, **options, rows=shared(w)) for w in weights]
-        else:
-            w = torch.cat(weights, 1)
-            parts = split_rows(solve(w, hessian, spec, **options, rows=shared(w)), rows)
-        seconds = (time.perf_counter() - started) / sum(rows)
-        fraction = trust.fraction if drift is not None else 0.0
-        with self.stopwatch.stage("rounding to nearest, to compare"):
-            baselines = against_nearest(parts, weights, hessian, options)
-        for target, part, aim, baseline in zip(targets, parts, weights, baselines, strict=True):
-            others = tuple(names[1:] if target is leader else names[:1])
-            each = seconds * part.codes.shape[1]
-            target.solution = Solution(
-                part, aim, total.mean(), total.rows, fraction, each, baseline, others
-            )
-        leader.sums = {False: {}, True: {}}
-
-    def _trust(
-        self, leader: Target, weight: Tensor, fit: HessianSum, held_out: HessianSum
-    ) -> Trust:
-        """What was asked for, or what is best on the rows of the batches that are held out."""
-        damp, fraction = self.options["damp"], self.drift_correction
-        fixed = DAMP if damp is None else damp
-        chosen = Trust(fixed, fixed, DRIFT_CORRECTION if fraction is None else fraction)
-        if fit.rows and held_out.rows:
-            how = {key: self.options[key] for key in ("precision", "backend")}
-            seen, other = (Moments(part.hessian(), part.drift()) for part in (fit, held_out))
-            if leader.prior is not None:
-                seen = Moments(*leader.prior.joined(seen.hessian, seen.drift, fit.rows))
-            best = choose_trust(weight, seen, other, leader.spec, **how)
-            if damp is None:
-                chosen = chosen._replace(damp=best.damp)
-            if fraction is None:
-                chosen = chosen._replace(ridge=best.ridge, fraction=best.fraction)
-        return chosen
-
     def _meet_norm(
         self,
         meeting: Meeting,
@@ -771,9 +789,14 @@ class _Run:
         mask = batch.get(self.mask_key) if isinstance(batch, Mapping) and self.mask_key else None
         if isinstance(mask, Tensor):
             check_finite(mask, f"the {self.mask_key} of a batch", "; it must hold 0 and 1")
-        self._pass.inputs, self._pass.number = {}, number
+        self._pass.inputs, self._pass.number, self._pass.quantizes = {}, number, model is None
+        self._pass.wave, self._pass.among_experts = None, False
         self._pass.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self.forward(model or self.model, batch)
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -1,8 +1,9 @@
 """The processes that work on one model, and what they tell each other: torch.distributed.
 
-What a layer is calibrated on comes from the quantized layers before it: no two of them can be
-solved at the same time. So batches are shared, and the rows of each large solve, in equal parts; a
-small one takes longer to tell of than to solve, and each process solves it by itself.
+What a layer is calibrated on comes from the quantized layers before it: few of them can be solved
+at the same time. So batches are shared, and the rows of each large solve, in equal parts; a small
+one takes longer to tell of than to solve, and each process solves it by itself. The experts of a
+block do not wait for one another: those are dealt out by their cost.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -102,16 +103,26 @@ class Ranks:
 
         Each key is held by one process: the result does not depend on which.
         """
-        rows = self.gather({key: part.rows for key, part in sums.items()})
+        rows = self.gather({key: (part.rows, part.unmatched) for key, part in sums.items()})
         held = sorted((key, rank) for rank, mine in enumerate(rows) for key in mine)
         if self.size == 1 and len(held) == 1:
             return sums[held[0][0]]
         for key, rank in held:
             part = sums[key] if rank == self.rank else empty.like()
-            part.rows = rows[rank][key]
+            part.rows, part.unmatched = rows[rank][key]
             self.broadcast((part.total, part.sums, part.drifts), rank)
             empty.merge(part)
         return empty
+
+
+def deal(costs: Iterable[float], hands: int) -> list[int]:
+    """To whom each piece of work goes: the dearest first, each to who has least so far."""
+    costs = [*costs]
+    owners, loads = [0] * len(costs), [0.0] * hands
+    for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
+        owners[number] = loads.index(min(loads))
+        loads[owners[number]] += costs[number]
+    return owners
 
 
 class SharedRows(Rows):

@@ -1,7 +1,7 @@
 """What `solve` returns, and how the error of a quantized layer is measured."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,17 @@ class SolveResult:
     def sparsity(self) -> Tensor:
         """Share of the weights that are zero, pruned or rounded so, float64 [...]"""
         return share_of_zeros(self.codes, self.zero_point)
+
+
+def moved(result: SolveResult, device: torch.device | str) -> SolveResult:
+    """A result with its tensors on a device."""
+
+    def on_device(record: Any) -> dict[str, Any]:
+        values = {field.name: getattr(record, field.name) for field in fields(record)}
+        return {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+
+    report = replace(result.report, **on_device(result.report))
+    return replace(result, **on_device(result), report=report)
 
 
 def dequantize(

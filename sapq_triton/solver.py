@@ -18,7 +18,7 @@ Where weights have to be zero, those of T are chosen in its loop, a few columns 
 """
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
@@ -34,7 +34,7 @@ from .obq import solve_obq
 from .ops import Backend, Precision
 from .order import static_order
 from .refine import curvature, refine
-from .result import SolveReport, SolveResult, dequantize, row_errors
+from .result import SolveReport, SolveResult, dequantize, moved, row_errors
 from .scales import snapped
 from .sparsity import Sparsity, prune_and_solve
 from .spec import Order, QuantSpec, Starts
@@ -185,13 +185,7 @@ def _solve_on_cpu(
     if tried.failed:
         note += f", with {', '.join(map(str, tried.failed))} rows at a time"
     report = replace(result.report, notes=(f"{note}: solved on the CPU", *rows.notes))
-    return _moved(replace(result, report=_moved(report, device)), device)
-
-
-def _moved(record: Any, device: torch.device) -> Any:
-    """A dataclass with its tensors on a device."""
-    values = {field.name: getattr(record, field.name) for field in fields(record)}
-    return replace(record, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)})
+    return moved(replace(result, report=report), device)
 
 
 def _solve(

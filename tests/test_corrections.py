@@ -16,7 +16,7 @@ from sapq_triton import quantize as quantize_with_bar
 
 SPEC = QuantSpec(bits=3)
 # as `solve` by itself
-SIMPLE: dict[str, Any] = dict(candidates=1, rounds=0, damp=0.01, drift_correction=0.0)
+SIMPLE: dict[str, Any] = dict(starts=1, candidates=1, rounds=0, damp=0.01, drift_correction=0.0)
 quantize: Callable[..., Report] = partial(quantize_with_bar, progress=False, **SIMPLE)
 # nothing but the weights changes
 PLAIN: dict[str, Any] = dict(batchnorm="keep", bias_correction=False, hessian_dtype=torch.float64)

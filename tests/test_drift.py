@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from sapq_triton import QuantSpec, Report, solve
 from sapq_triton import quantize as quantize_with_bar
 from sapq_triton.hessian import drifted
-from sapq_triton.quantize import OTHER_WAYS
+from sapq_triton.solving import OTHER_WAYS
 
 SPEC = QuantSpec(bits=3)
 PLAIN: dict[str, Any] = dict(
-    batchnorm="keep", bias_correction=False, hessian_dtype=torch.float64, candidates=1, rounds=0,
+    batchnorm="keep", bias_correction=False, hessian_dtype=torch.float64, starts=1, candidates=1,
+    rounds=0,
     damp=0.01,
 )  # fmt: skip
 quantize: Callable[..., Report] = partial(quantize_with_bar, progress=False, **PLAIN)

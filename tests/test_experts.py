@@ -17,7 +17,7 @@ from sapq_triton.hessian import HessianSum, Prior
 from sapq_triton.language import quantize_folder
 from sapq_triton.regularize import Moments, choose
 from sapq_triton.targets import find_experts, find_targets
-from tests.tiny import save_tokenizer
+from tests.tiny import mixture, save_tokenizer
 
 SPEC = QuantSpec(4)
 # one solve without choices, as it can be repeated by hand
@@ -321,3 +321,105 @@ def test_experts_keep_their_mode() -> None:
         and block.training
         and block.get_submodule("0.down_proj").training
     )
+
+
+# --- waves ----------------------------------------------------------------------------------------
+
+
+def shapes_solved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    seen: list[tuple[int, ...]] = []
+
+    def spied(weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(tuple(weight.shape))
+        return solve(weight, *args, **kwargs)
+
+    monkeypatch.setattr("sapq_triton.solving.solve", spied)
+    return seen
+
+
+ONE_BY_ONE = ("sapq_triton.targets.LEAST_WAVE", 10**9)
+
+
+@pytest.mark.parametrize("options", [PLAIN, dict(preset="fast", drift_correction=0.5,
+                                                 progress=False)])  # fmt: skip
+def test_experts_are_solved_together(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the codes of one after another, in a batch for each of their layers."""
+    model, batches = mixture()
+    alone = copy.deepcopy(model)
+    seen = shapes_solved(monkeypatch)
+    report = quantize(model, batches, SPEC, **options)
+    assert seen == [(1, 24, 24), (1, 6, 24), (6, 32, 24), (6, 24, 16), (1, 24, 24), (1, 4, 24)]
+    monkeypatch.setattr(*ONE_BY_ONE)
+    expected = quantize(alone, batches, SPEC, **options)
+    assert len(seen) == 6 + 4 + 12
+    assert {x.name for x in report.layers} == {x.name for x in expected.layers}
+    for layer in expected.layers:
+        assert torch.equal(report[layer.name].codes, layer.codes), layer.name
+        assert report[layer.name].notes == layer.notes
+        for name in ("rows", "drift_correction"):
+            assert getattr(report[layer.name], name) == getattr(layer, name)
+        assert report[layer.name].error == pytest.approx(layer.error, rel=1e-5)
+    torch.testing.assert_close(model(batches[0]), alone(batches[0]))
+
+
+def test_what_is_chosen_is_chosen_for_each_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of one damping are a batch."""
+    model, batches = mixture()
+    alone = copy.deepcopy(model)
+    seen = shapes_solved(monkeypatch)
+    report = quantize(model, batches, SPEC, progress=False)
+    damps = {report[f"1.experts.{n}.down"].damp for n in range(6)}
+    assert len(damps) > 1
+    assert sum(shape[1:] == (24, 16) for shape in seen) == len(damps)
+    monkeypatch.setattr(*ONE_BY_ONE)
+    expected = quantize(alone, batches, SPEC, progress=False)
+    for layer in expected.layers:
+        assert torch.equal(report[layer.name].codes, layer.codes), layer.name
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_waves_and_batches_hold_so_many_numbers(
+    replay: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = mixture(8)
+    copies = [copy.deepcopy(model) for _ in range(2)]
+    whole = quantize(model, batches, SPEC, **PLAIN)
+    seen = shapes_solved(monkeypatch)
+    monkeypatch.setattr("sapq_triton.targets.WAVE", 5 * 24 * 24)
+    waves = quantize(copies[0], batches, SPEC, replay=replay, **PLAIN)
+    assert [shape[0] for shape in seen] == [1, 1, 5, 3, 8, 1, 1]
+    monkeypatch.setattr("sapq_triton.solving.BATCH", 3 * 24 * 24)
+    seen.clear()
+    parts = quantize(copies[1], batches, SPEC, replay=replay, **PLAIN)
+    assert [shape[0] for shape in seen] == [1, 1, 3, 2, 3, 6, 2, 1, 1]
+    for layer in whole.layers:
+        assert torch.equal(waves[layer.name].codes, layer.codes)
+        assert torch.equal(parts[layer.name].codes, layer.codes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda m: setattr(m[1].experts[1], "up", m[1].experts[0].up), id="shared"),
+        pytest.param(lambda m: m[1].experts.append(nn.BatchNorm1d(COLUMNS)), id="norm"),
+        pytest.param(lambda m: setattr(m, "forward", lambda x: m[1](m[1](x))), id="twice"),
+    ],
+)
+def test_unusual_experts_are_solved_one_by_one(
+    change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = mixture()
+    change(model)
+    seen = shapes_solved(monkeypatch)
+    quantize(model, batches, SPEC, **PLAIN)
+    assert {shape[0] for shape in seen} == {1}
+
+
+def test_an_expert_that_no_row_comes_to_waits_for_no_wave() -> None:
+    model, batches = mixture()
+    with torch.no_grad():
+        model[1].gate.bias[2] = -1e9  # type: ignore[union-attr, operator]
+    report = quantize(model, batches, SPEC, **PLAIN)
+    lonely = report["1.experts.2.down"]
+    assert lonely.rows == 0 and "no calibration row reached it" in lonely.notes
+    assert all(report[f"1.experts.{n}.down"].rows > 0 for n in (0, 1, 3, 4, 5))

@@ -669,7 +669,7 @@ def test_solver_gets_the_hessian_as_asked(
         return solve(weight, hessian, *args, **options)
 
     model = mlp(6, 5, 4)
-    monkeypatch.setattr(importlib.import_module("sapq_triton.quantize"), "solve", spy)
+    monkeypatch.setattr(importlib.import_module("sapq_triton.solving"), "solve", spy)
     quantize(model, [torch.randn(9, 6)], SPEC, hessian_dtype=dtype)
     assert seen[-2:] == [dtype, dtype]  # those before only tried the options
 

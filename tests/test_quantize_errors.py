@@ -22,7 +22,7 @@ from sapq_triton import quantize as quantize_with_bar
 
 SPEC = QuantSpec(bits=3)
 # as `solve` by itself
-SIMPLE: dict[str, Any] = dict(candidates=1, rounds=0, damp=0.01, drift_correction=0.0)
+SIMPLE: dict[str, Any] = dict(starts=1, candidates=1, rounds=0, damp=0.01, drift_correction=0.0)
 quantize: Callable[..., Report] = partial(quantize_with_bar, progress=False, **SIMPLE)
 
 
@@ -220,7 +220,7 @@ def test_error_in_the_solver_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) ->
         return solve(*args, **options)
 
     # by import_module: as an attribute of the package, `quantize` is the function
-    monkeypatch.setattr(importlib.import_module("sapq_triton.quantize"), "solve", failing)
+    monkeypatch.setattr(importlib.import_module("sapq_triton.solving"), "solve", failing)
     batches = torch.randn(12, 3, 7, 7).split(4)
     state = State.of(model)
     with pytest.raises(RuntimeError, match="out of memory, say"):

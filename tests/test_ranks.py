@@ -15,7 +15,7 @@ from torch import nn
 from sapq_triton import QuantSpec, quantize, quantize_folder
 from sapq_triton.formats.job import JOB, job_folder
 from sapq_triton.hessian import HessianSum
-from sapq_triton.ranks import Ranks
+from sapq_triton.ranks import Ranks, deal
 from tests.test_replay import MODELS
 from tests.tiny import save_llama
 
@@ -49,12 +49,18 @@ def compare(out: Path, counts: tuple[int, ...], names: list[str]) -> None:
 
 
 def test_two_and_three_processes_come_to_the_bits_of_one(tmp_path: Path) -> None:
-    compare(tmp_path, (2, 3), ["convolutions", "ways", "parting-first", "wide"])
+    compare(tmp_path, (2, 3), ["convolutions", "ways", "parting-first", "experts", "wide"])
 
 
 @pytest.mark.slow
 def test_every_model_by_one_to_four_processes(tmp_path: Path) -> None:
     compare(tmp_path, (1, 2, 3, 4), [*MODELS, "wide"])
+
+
+def test_work_is_dealt_out_by_its_cost() -> None:
+    assert deal([1, 8, 3, 3, 2], 2) == [0, 0, 1, 1, 1]
+    assert deal(iter([5.0, 5.0, 5.0]), 2) == [0, 1, 0]
+    assert deal([2, 1], 4) == [0, 1] and deal([4, 4], 1) == [0, 0] and deal([], 3) == []
 
 
 @pytest.fixture

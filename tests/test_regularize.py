@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from sapq_triton import QuantSpec, solve
 from sapq_triton import quantize as quantize_with_bar
 from sapq_triton.hessian import HessianSum, drifted
-from sapq_triton.quantize import DAMP, DRIFT_CORRECTION
 from sapq_triton.regularize import DAMPS, Moments, choose, excess
+from sapq_triton.solving import DAMP, DRIFT_CORRECTION
 
 SPEC = QuantSpec(4)
 quantize: Any = partial(quantize_with_bar, progress=False)

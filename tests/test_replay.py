@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sapq_triton import QuantSpec, Report, quantize
 from tests.test_quantize import ConvNet, Encoder, Routed, images, padded, sentences
 from tests.test_targets import Parting, features
+from tests.tiny import mixture
 
 SPEC = QuantSpec(bits=3)
 
@@ -47,6 +48,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, list[Any]]]] = {
     "ways": routed,
     "parting-first": lambda: parting([11], False),
     "parting-last": lambda: parting([3], False),
+    "experts": mixture,
     "missing": lambda: parting([11, 9, 3], True),
 }
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sapq_triton import QuantSpec
@@ -99,3 +100,41 @@ def save_llama(folder: Path, **options: Any) -> Any:
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return model
+
+
+MIXED = 24  # numbers of a token
+
+
+class Mixture(nn.Module):
+    """A gate, experts, and what comes behind them, in one block."""
+
+    def __init__(self, count: int = 6) -> None:
+        super().__init__()
+        self.gate = nn.Linear(MIXED, count)
+        self.experts = nn.ModuleList(Gated() for _ in range(count))
+        self.behind = nn.Linear(MIXED, MIXED)
+
+    def forward(self, x: Tensor) -> Tensor:
+        expert = self.gate(x).argmax(1)
+        out = torch.zeros_like(x)
+        for number in expert.unique().tolist():
+            out[expert == number] = self.experts[number](x[expert == number])
+        x += 1  # whoever runs it again needs the inputs as they were
+        result: Tensor = self.behind(out)
+        return result
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(MIXED, 16), nn.Linear(MIXED, 16)
+        self.down = nn.Linear(16, MIXED, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return result
+
+
+def mixture(count: int = 6) -> tuple[nn.Sequential, list[Tensor]]:
+    model = nn.Sequential(nn.Linear(MIXED, MIXED), Mixture(count), nn.Linear(MIXED, 4))
+    return model, [*torch.randn(5, 150, MIXED)]
