@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any, get_args
 
@@ -29,6 +29,7 @@ from .layers import Layer
 from .machine import Stopwatch, environment, peak_memory
 from .ops import Backend, Precision, uses_triton
 from .preset import PresetName, choose
+from .priors import Pooling
 from .progress import Advance, layer_cost, progress_bar
 from .ranks import Ranks
 from .report import LayerReport, Quantized, Report
@@ -42,12 +43,10 @@ from .targets import (
     Station,
     Target,
     VersionedRef,
-    Wave,
-    find_experts,
     find_leaders,
     find_targets,
-    find_waves,
 )
+from .waves import Wave, Waves, find_waves
 
 Meeting = Lockstep | Replay
 
@@ -296,13 +295,10 @@ class _Run:
         # in place leaves the same tensor, changed
         self._seen, self._inputs = Observed({}, {}, {}, {}), InputTracker()
         self._latest: tuple[str, VersionedRef | None] = ("", None)
-        # of the batch that this thread runs: its mask, and what each layer got, by name; of which
-        # wave rows are summed, and whether an expert was met on the way
+        # of the batch that this thread runs: its mask, and what each layer got, by name
         self._pass = threading.local()
         self._original: dict[tuple[int, str], Tensor] = {}  # full-precision inputs, by batch, layer
-        self._pooling = False  # an expert runs on rows of others
-        self._waves: dict[str, list[Wave]] = {}  # by the module that runs the experts
-        self._of_waves: set[str] = set()  # names of their layers
+        self._waves = Waves({})
 
     def observe(self) -> None:
         """First pass, of the untouched model: order of execution, repeats, shared inputs, means."""
@@ -338,10 +334,7 @@ class _Run:
         self._pool_experts()
         copies = (1 + self.solving.drifts) * (1 + self.solving.chooses)
         order = [name for what, name in self.sequence if what == "solve"]
-        self._waves = find_waves(self.modules, self.targets, order, copies)
-        self._of_waves = {
-            t.name for waves in self._waves.values() for w in waves for t in w.targets
-        }
+        self._waves = Waves(find_waves(self.modules, self.targets, order, copies))
 
     def _merge_sequence(self, visits: dict[Station, int]) -> None:
         """Stations that no batch before this one visited go behind the one visited just before."""
@@ -417,56 +410,19 @@ class _Run:
 
         Each such expert is run on what all experts of its block get: another pass.
         """
-        outputs, hooks = self.ranks.gather(self.outputs), []
-        pools: list[tuple[Target, Target, int]] = []
-        for experts in find_experts(self.targets):
-            starved = {}
-            for name, inside in experts.items():
-                alone = any(target.repeated or len(target.twins) > 1 for target in inside)
-                few = [target for target in inside if self._is_starved(target, outputs)]
-                if alone or type(self.modules[name]).forward is nn.Module.forward:
-                    for target in few:  # a container of layers cannot be run
-                        target.notes.append("fewer rows than columns, and no prior")
-                elif few:
-                    starved[name] = few
-            for name in experts if starved else ():
-                run = partial(self._run_starved, [self.modules[name] for name in starved])
-                hooks.append(self.modules[name].register_forward_pre_hook(run, with_kwargs=True))
-            for target in (target for few in starved.values() for target in few):
-                # with sums of its own
-                pool = replace(target, notes=[], sums={False: {}, True: {}}, repeated=True)
-                pools.append((target, pool, len(experts)))
-                add = partial(self._add_to_pool, pool)
-                hooks.append(target.module.register_forward_pre_hook(add, with_kwargs=True))
-        if not pools:
+        pooling = Pooling(
+            self.targets, self.modules, self.ranks.gather(self.outputs), self._add_call
+        )
+        if not pooling.pools:
             return
-        with _removed(hooks):
+        with _removed(pooling.hooks):
             for number in self.own:
                 self._run_batch(self.batches[number], number)
-        for target, pool, members in pools:
-            empty = partial(pool.empty_sum, self.hessian_dtype, self.solving.drifts)
-            total, held_out = (self.ranks.sum(pool.sums[which], empty()) for which in (False, True))
+        for target, pool, members in pooling.pools:
+            total, held_out = self.solving.sums(pool)
             total.merge(held_out)
             if total.rows:
                 target.prior = Prior(total.take()[0], total.rows, members)
-
-    def _is_starved(self, target: Target, outputs: list[dict[str, int]]) -> bool:
-        groups, rows, columns = layers.matrix_shape(target.module)
-        seen = sum(part.get(target.name, 0) for part in outputs) // (groups * rows)
-        return seen < columns and target.leader is None
-
-    def _run_starved(
-        self, starved: list[nn.Module], module: nn.Module, args: Any, kwargs: Any
-    ) -> None:
-        if not self._pooling:
-            self._pooling = True
-            for expert in starved:
-                expert(*args, **kwargs)
-            self._pooling = False
-
-    def _add_to_pool(self, pool: Target, module: Layer, args: Any, kwargs: Any) -> None:
-        if self._pooling:
-            self._add_call(pool, pool.name, module, args, kwargs)
 
     def solve_all(self, advance: Advance) -> None:
         """Second pass, in lockstep: solve a layer, correct what follows, go on."""
@@ -488,12 +444,8 @@ class _Run:
             ("norm", name): partial(corrections.correct_norm, name, now)
             for name, now in moments.items()
         }
-        actions |= {
-            wave.station: partial(self._solve_wave, wave, advance)
-            for waves in self._waves.values()
-            for wave in waves
-        }
-        seen = [station for station in self._order() if station in actions]
+        actions |= {wave.station: partial(self._solve_wave, wave, advance) for wave in self._waves}
+        seen = [station for station in self._waves.order(self.sequence) if station in actions]
         meeting = (Replay if self.replay else Lockstep)(
             passes, {station: actions[station] for station in [*seen, *actions]}, self._agree
         )
@@ -507,11 +459,13 @@ class _Run:
                 if not target.repeated
                 for name in target.twins
             ]
-        for name, waves in self._waves.items():
+        for name, waves in self._waves.blocks.items():
             for model in (self.model, *([] if original is None else [original])):
-                run = partial(self._run_waves, meeting, waves)
+                meet = partial(self._meet_wave, meeting, quantizes=model is self.model)
                 hooks.append(
-                    model.get_submodule(name).register_forward_pre_hook(run, with_kwargs=True)
+                    model.get_submodule(name).register_forward_pre_hook(
+                        partial(self._waves.run, waves, meet), with_kwargs=True
+                    )
                 )
         for target in self.targets.values():
             for twin in target.twins:
@@ -535,43 +489,11 @@ class _Run:
         for target in missed:
             self._solve(target, advance)
 
-    def _order(self) -> Iterator[Station]:
-        """Of execution, the waves of a block before its first layer."""
-        block_of = {t.name: n for n, ws in self._waves.items() for w in ws for t in w.targets}
-        begun = set()
-        for station in self.sequence:
-            block = block_of.get(station[1])
-            if block is not None and block not in begun:
-                begun.add(block)
-                yield from (wave.station for wave in self._waves[block])
-            yield station
-
-    def _run_waves(
-        self, meeting: Meeting, waves: list[Wave], module: nn.Module, args: Any, kwargs: Any
-    ) -> None:
-        """The experts, once for each wave, before they run to the end: their rows are summed."""
-        if self._pass.wave is not None:
-            return
-        for wave in waves:
-            if wave.done:
-                continue
-            self._pass.wave, self._pass.among_experts = {t.name for t in wave.targets}, False
-            # what runs may change its inputs in place
-            again = {name: _cloned(value) for name, value in kwargs.items()}
-            module.forward(*map(_cloned, args), **again)
-            self._pass.wave = None
-            meeting.meet(wave.station, acts=self._pass.quantizes)
-            if not self._pass.quantizes:
-                for target in wave.targets:
-                    self._original.pop((self._pass.number, target.name), None)
-
-    def _passes_by(self, name: str) -> bool:
-        """Whether this pass, of a wave, is not for this layer: another expert's, or behind them."""
-        wave = self._pass.wave
-        if wave is None:
-            return False
-        self._pass.among_experts |= name in self._of_waves
-        return bool(self._pass.among_experts) and name not in wave
+    def _meet_wave(self, meeting: Meeting, wave: Wave, quantizes: bool) -> None:
+        meeting.meet(wave.station, acts=quantizes)
+        if not quantizes:
+            for target in wave.targets:
+                self._original.pop((self._pass.number, target.name), None)
 
     def _solve_wave(self, wave: Wave, advance: Advance) -> None:
         """Those that rows have come to; what none has reached by now is as any other layer."""
@@ -603,7 +525,7 @@ class _Run:
     def _meet_layer(
         self, meeting: Meeting, target: Target, name: str, module: Layer, args: Any, kwargs: Any
     ) -> None:
-        if self._passes_by(name):
+        if self._waves.passes_by(name):
             return
         station: Station = ("solve", name)
         if not target.solved and meeting.is_new(station):
@@ -614,18 +536,18 @@ class _Run:
                 self._add_rows(target, call)
         if target.leader is None:  # its companions ask for it
             self._pass.inputs[name] = VersionedRef(layers.called_with(name, args, kwargs))
-        if not target.solved and name not in (self._pass.wave or ()):
+        if not target.solved and not self._waves.collects(name):
             meeting.meet(station)
 
     def _meet_original(
         self, meeting: Meeting, target: Target, name: str, module: Layer, args: Any, kwargs: Any
     ) -> None:
         """The full-precision model waits with its input: the quantized one comes after it."""
-        if self._passes_by(name) or target.solved:
+        if self._waves.passes_by(name) or target.solved:
             return
         key = self._pass.number, name
         self._original[key] = layers.called_with(name, args, kwargs)
-        if name not in (self._pass.wave or ()):  # else it waits behind all experts
+        if not self._waves.collects(name):  # else it waits when all experts have run
             meeting.meet(("solve", name), acts=False)
             del self._original[key]
 
@@ -642,7 +564,7 @@ class _Run:
                 )
             self._part_from_leader(target, leader)  # calls of other batches, which wait, too
             if isinstance(meeting, Replay):
-                wave = [w.station for ws in self._waves.values() for w in ws if target in w.targets]
+                wave = [wave.station for wave in self._waves if target in wave.targets]
                 meeting.forget(("solve", target.name), *wave)
 
     def _call(self, name: str, args: Any, kwargs: Any) -> Call:
@@ -789,14 +711,10 @@ class _Run:
         mask = batch.get(self.mask_key) if isinstance(batch, Mapping) and self.mask_key else None
         if isinstance(mask, Tensor):
             check_finite(mask, f"the {self.mask_key} of a batch", "; it must hold 0 and 1")
-        self._pass.inputs, self._pass.number, self._pass.quantizes = {}, number, model is None
-        self._pass.wave, self._pass.among_experts = None, False
+        self._pass.inputs, self._pass.number = {}, number
+        self._waves.begin()
         self._pass.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self.forward(model or self.model, batch)
-
-
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _copied(model: nn.Module) -> nn.Module:

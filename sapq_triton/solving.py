@@ -96,7 +96,7 @@ class Solving:
         """
         alone = len(groups) == 1
         owners = [-1] if alone else deal(map(_cost_of_trust, groups), self.ranks.size)
-        sums = [self._sums(group[0]) for group in groups]
+        sums = [self.sums(group[0]) for group in groups]
         started = time.perf_counter()
         own = {
             n: self._trust(group, *sums[n])
@@ -114,8 +114,8 @@ class Solving:
             for problem, parts in zip(batch, results, strict=True):
                 self._conclude(problem, parts)
 
-    def _sums(self, leader: Target) -> tuple[HessianSum, HessianSum]:
-        """Of the batches that count in a fit, and of those held out"""
+    def sums(self, leader: Target) -> tuple[HessianSum, HessianSum]:
+        """Of the batches that count in a fit, and of those held out, in all processes"""
         empty = partial(leader.empty_sum, self.hessian_dtype, self.drifts)
         fit, held_out = (self.ranks.sum(leader.sums[which], empty()) for which in (False, True))
         leader.sums = {False: {}, True: {}}

@@ -2,7 +2,6 @@
 
 import fnmatch
 import itertools
-import re
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from . import layers
@@ -25,7 +23,6 @@ from .spec import QuantSpec
 
 Station = tuple[Literal["solve", "norm", "wave"], str]
 NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, parametrize.ParametrizationList)
-WAVE, LEAST_WAVE = 2**28, 4  # numbers that the sums of a wave hold, and Hessians that are worth one
 SHARE = 1e-3  # of a model's parameters: a smaller one is not worth a word
 
 
@@ -180,87 +177,6 @@ def find_unheld(model: nn.Module) -> dict[str, str]:
                     reason += "; sapq_triton.experts.unfuse makes layers of it"
                 unheld[f"{name}.{own}".lstrip(".")] = reason
     return unheld
-
-
-def find_experts(targets: Mapping[str, Target]) -> list[dict[str, list[Target]]]:
-    """Of each block with several experts: the layers of each, by its name.
-
-    Names as in transformers: "experts.3", or "experts.expert_3", and behind it that of the layer.
-    """
-    blocks: dict[str, dict[str, list[Target]]] = {}
-    for name, target in targets.items():
-        if parts := re.fullmatch(r"((?:.*\.)?experts?\.(?:expert_)?)(\d+)(?:\..+)?", name):
-            experts = blocks.setdefault(parts[1], {})
-            experts.setdefault(parts[1] + parts[2], []).append(target)
-    return [experts for experts in blocks.values() if len(experts) > 1]
-
-
-@dataclass(eq=False)
-class Wave:
-    """Layers of the experts of a block that do not wait for one another: leaders and companions.
-
-    done: solved, but for those that no row has reached.
-    """
-
-    targets: list[Target]
-    done: bool = False
-
-    @property
-    def station(self) -> Station:
-        return "wave", self.targets[0].name
-
-
-def find_waves(
-    modules: Mapping[str, nn.Module],
-    targets: Mapping[str, Target],
-    order: Sequence[str],
-    copies: int,
-) -> dict[str, list[Wave]]:
-    """By the name of each module that runs several experts: what is solved together, in order.
-
-    The first layers of all experts, then the second ones, and so on; in several waves where their
-    sums would hold more than WAVE numbers, `copies` of each Hessian. order: names of layers in that
-    of execution. Left out are blocks with layers that run more than once, share a weight, or share
-    their input with a layer elsewhere, with BatchNorms, and with few or large layers.
-    """
-    place = {name: number for number, name in enumerate(order)}
-    waves = {}
-    for experts in find_experts(targets):
-        inside = [t for each in experts.values() for t in each if t.name in place]
-        names = {target.name for target in inside}
-        heads = {target.name: target.leader or target for target in inside}
-        run = next(iter(experts)).rpartition(".")[0]
-        while run and type(modules[run]).forward is nn.Module.forward:  # a container of layers
-            run = run.rpartition(".")[0]
-        if (
-            any(t.repeated or len(t.twins) > 1 or heads[t.name].name not in names for t in inside)
-            or any(isinstance(module, _BatchNorm) for module in modules[run].modules())
-            or run in waves
-        ):
-            continue
-        level: dict[str, int] = {}
-        for each in experts.values():
-            ordered = sorted((t for t in each if t.name in place), key=lambda t: place[t.name])
-            own = dict.fromkeys(heads[target.name].name for target in ordered)
-            for number, name in enumerate(own):
-                level.setdefault(name, number)
-        parts: list[list[str]] = []
-        for number in range(max(level.values(), default=-1) + 1):
-            numbers = WAVE
-            for name in (name for name in level if level[name] == number):
-                groups, _, columns = layers.matrix_shape(targets[name].module)
-                if numbers + copies * groups * columns**2 > WAVE:
-                    parts.append([])
-                    numbers = 0
-                parts[-1].append(name)
-                numbers += copies * groups * columns**2
-        if sum(map(len, parts)) < LEAST_WAVE * len(parts):
-            continue
-        waves[run] = [
-            Wave([t for name in part for t in inside if heads[t.name].name == name])
-            for part in parts
-        ]
-    return waves
 
 
 class Observed(NamedTuple):

@@ -16,7 +16,8 @@ from sapq_triton.formats.writer import check
 from sapq_triton.hessian import HessianSum, Prior
 from sapq_triton.language import quantize_folder
 from sapq_triton.regularize import Moments, choose
-from sapq_triton.targets import find_experts, find_targets
+from sapq_triton.targets import find_targets
+from sapq_triton.waves import find_experts
 from tests.tiny import mixture, save_tokenizer
 
 SPEC = QuantSpec(4)
@@ -337,7 +338,7 @@ def shapes_solved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return seen
 
 
-ONE_BY_ONE = ("sapq_triton.targets.LEAST_WAVE", 10**9)
+ONE_BY_ONE = ("sapq_triton.waves.LEAST_WAVE", 10**9)
 
 
 @pytest.mark.parametrize("options", [PLAIN, dict(preset="fast", drift_correction=0.5,
@@ -385,7 +386,7 @@ def test_waves_and_batches_hold_so_many_numbers(
     copies = [copy.deepcopy(model) for _ in range(2)]
     whole = quantize(model, batches, SPEC, **PLAIN)
     seen = shapes_solved(monkeypatch)
-    monkeypatch.setattr("sapq_triton.targets.WAVE", 5 * 24 * 24)
+    monkeypatch.setattr("sapq_triton.waves.WAVE", 5 * 24 * 24)
     waves = quantize(copies[0], batches, SPEC, replay=replay, **PLAIN)
     assert [shape[0] for shape in seen] == [1, 1, 5, 3, 8, 1, 1]
     monkeypatch.setattr("sapq_triton.solving.BATCH", 3 * 24 * 24)
