@@ -14,7 +14,7 @@ solve_times   the solver alone (measure=False: the error of the result is not co
 hessian_times from calibration data in batches
 kernel_times  each kernel, against the ceilings
 model_times   ResNet-50 with the Hessians given, and with calibration on images at random weights;
-              a block of Llama-3-8B with its Hessians
+              a block of Llama-3-8B with its Hessians; experts, in one batch and one by one
 obq_times     SAPQ against exact OBQ on the shapes of ResNet-50, see `benchmarks.headline`
 carried       networks as they were taught, quantized here and on the CPU, see `benchmarks.carried`:
               with --carried DIR, which `benchmarks.carry` fills
@@ -45,7 +45,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ from benchmarks import (
     bench_compensate,
     bench_dequantize_packed,
     bench_downdate,
+    bench_experts,
     bench_hessian,
     bench_matmul_packed,
     bench_models,
@@ -401,6 +402,11 @@ class Gate:
             case = bench_models.quantize_case(order, device, *sizes.images)
             what = f"quantize, {sizes.images[2]} images of {sizes.images[1]}"
             yield {"model": "ResNet-50", "what": what, "order": order, **self.once(case)}
+        for way in get_args(bench_experts.Way):
+            rows, columns = (n // sizes.shrunk for n in bench_experts.PROJECTIONS["up and gate"])
+            case = bench_experts.case(8, rows, columns, way, device)
+            name = f"8 experts of {rows} x {columns}"
+            yield {"model": name, "what": way, "order": "sensitivity", **self.once(case)}
 
     def obq_times(self) -> Iterator[Result]:
         quick = self.sizes is not FULL

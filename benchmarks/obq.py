@@ -190,7 +190,8 @@ class Problem(NamedTuple):
         if self.groups > 1:
             return exact_obq(w, a, s, z, backend)
         parts = zip(*(t.split(setting.rows) for t in (w, s, z)), strict=True)
-        options = (SPEC.qmax, setting.block, "tf32x3", backend)
+        group = torch.zeros(1, len(a), dtype=torch.int64, device=w.device)
+        options = (group, SPEC.qmax, setting.block, "tf32x3", backend)
         return torch.cat(
             [solve_obq(w[None], a[None], s[None], z[None], *options)[0][0] for w, s, z in parts]
         )
