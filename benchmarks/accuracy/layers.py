@@ -8,10 +8,15 @@ with transformers); calibration on the first 128, held-out on the next 64 sequen
 the standard library's `pydoc_data.topics`. lite0: all 50 layers of EfficientNet-Lite0; 96 images
 calibrate, 64 others are held out. Hessians of the full-precision model. Each layer is solved by
 itself, on the MSE grid; its error is tr((W - Q) H (W - Q)^T) / tr(W H W^T) with the held-out H.
+
+--regularize: instead, what to do with a Hessian of few rows, in activation order: damping
+H + d mean(diag H) I, which is the shrinkage (1 - r) H + r mean(diag H) I with r = d / (1 + d)
+(Ledoit & Wolf 2004) but for a factor, beside shrinkage to its own diagonal, (1 - r) H + r diag(H).
 """
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +27,10 @@ from benchmarks.accuracy.methods import METHODS, solver_options
 from sapq_triton import QuantSpec, layer_error, solve
 from sapq_triton.calibrate import collect_hessians
 from sapq_triton.layers import weight_matrix
+from sapq_triton.regularize import DAMPS
 
 Hessians = dict[str, Tensor]
+SHARES = (0.003, 0.01, 0.03, 0.1, 0.3)
 
 
 def minilm() -> tuple[nn.Module, Hessians, Hessians]:
@@ -49,14 +56,45 @@ def lite0(images: Path) -> tuple[nn.Module, Hessians, Hessians]:
     return model, collect_hessians(model, batches[:6]), collect_hessians(model, batches[6:])
 
 
+def regularize(model: nn.Module, calibration: Hessians, held_out: Hessians, bits: int) -> None:
+    """Geometric means over the layers of held-out errors, over those at a damping of .01."""
+
+    def errors(change: Callable[[Tensor], Tensor], damp: float) -> Tensor:
+        found = []
+        for name, hessian in calibration.items():
+            weight = weight_matrix(model.get_submodule(name))
+            result = solve(weight, change(hessian), QuantSpec(bits), order="activation", damp=damp)
+            found.append(layer_error(weight, result.dequantize(), held_out[name]).sum())
+        return torch.stack(found).log()
+
+    def shrunk(hessian: Tensor, share: float) -> Tensor:
+        diagonal = torch.diag_embed(hessian.diagonal(dim1=1, dim2=2))
+        return (1 - share) * hessian + share * diagonal
+
+    damped = {damp: errors(lambda h: h, damp) for damp in DAMPS}
+    to_diagonal = {share: errors(partial(shrunk, share=share), 0.001) for share in SHARES}
+    base = damped[0.01]
+    for name, found in (("damping", damped), ("to the diagonal", to_diagonal)):
+        each = ", ".join(f"{value:g}: {(e - base).mean().exp():.3f}" for value, e in found.items())
+        best = torch.stack([*found.values()]).amin(0)
+        print(f"W{bits}, {name}: {each}; the best of each layer: {(best - base).mean().exp():.3f}")
+    both = torch.stack([*damped.values(), *to_diagonal.values()]).amin(0)
+    print(f"W{bits}, the best of both in each layer: {(both - base).mean().exp():.3f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=("minilm", "lite0"), required=True)
     parser.add_argument("--images", type=Path)
     parser.add_argument("--symmetric", action="store_true")
+    parser.add_argument("--regularize", action="store_true")
     parser.add_argument("--each", action="store_true", help="print a line per layer")
     options = parser.parse_args()
     model, calibration, held_out = minilm() if options.model == "minilm" else lite0(options.images)
+    if options.regularize:
+        for bits in (4, 3, 2):
+            regularize(model, calibration, held_out, bits)
+        return
     grid = "symmetric" if options.symmetric else "asymmetric"
     print(f"{options.model}, {len(calibration)} layers, per channel, {grid} MSE grid\n")
     print("| bits | " + " | ".join(METHODS) + " | SAPQ / activation | SAPQ not worse on |")
