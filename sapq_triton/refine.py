@@ -81,8 +81,8 @@ def refit_scales(
     """The scales of least error for given codes: least squares in the G scales of a row.
 
     Zero points stay: for one to move by a whole code, the residuals of its group would have to be
-    half a step in the mean. Fitted along with the scales and rounded, none of 170,496 did, in groups
-    of all-MiniLM-L6-v2 at 4 and at 2 bits. Other zero points are tried as `candidates` of a solve.
+    half a step in the mean. Fitted along with the scales and rounded, none of 170,496 did, in
+    groups of all-MiniLM-L6-v2 at 4 and at 2 bits. Others are tried as `candidates` of a solve.
 
         sum_h (z_g H z_h^T) s_h = z_g H w^T,    z_g = value / scale in group g, 0 elsewhere
 

@@ -9,10 +9,10 @@ H = 2/n X^T X, D = 2/n X^T (Y - X) of those rows. A Hessian of few rows, or of r
 each other, fits them too closely: of 128 pooled images for the 1280 columns of EfficientNet-Lite0's
 last layer, the error on other images is 100 times that on these.
 
-Damping is the shrinkage of Ledoit and Wolf (2004), (1 - r) H + r mean(diag H) I, r = d / (1 + d), but
-for a factor that no code depends on. Shrinkage to the diagonal of H was tried beside it: with the
-best of both for each layer, on the held-out rows themselves, errors of all-MiniLM-L6-v2 were .2 %
-below those with the best damping, and .4 % in EfficientNet-Lite0, at 4 bits
+Damping is the shrinkage of Ledoit and Wolf (2004), (1 - r) H + r mean(diag H) I, r = d / (1 + d),
+but for a factor that no code depends on. Shrinkage to the diagonal of H was tried beside it: with
+the best of both for each layer, on the held-out rows themselves, errors of all-MiniLM-L6-v2 were
+.2 % below those with the best damping, and .4 % in EfficientNet-Lite0, at 4 bits
 (`python -m benchmarks.accuracy.layers --regularize`).
 """
 
