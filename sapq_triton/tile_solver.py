@@ -26,10 +26,11 @@ from .sparsity import Sparsity, prune_and_solve
 class Start(NamedTuple):
     """An order of the columns of a tile.
 
-    order: int64 [T]. root: [B, T, T], upper triangular, of A_TT^-1 = root root^T in that order.
+    order: int64 [T], or None: as they are. root: [B, T, T], upper triangular, of
+    A_TT^-1 = root root^T in that order.
     """
 
-    order: Tensor
+    order: Tensor | None
     root: Tensor
 
 
@@ -42,11 +43,11 @@ def starting_points(inverse: Tensor, count: int) -> tuple[list[Start], Tensor]:
     identity = torch.eye(T, device=inverse.device).expand_as(inverse)
     starts, failed = [], []
     for number in range(count):
-        order = torch.arange(T)
+        order, a = None, inverse
         if number:
             order = torch.randperm(T, generator=torch.Generator().manual_seed(number))
-        order = order.to(inverse.device)
-        a = inverse[:, order][:, :, order] if number else inverse
+            order = order.to(inverse.device)
+            a = inverse[:, order][:, :, order]
         lower, info = torch.linalg.cholesky_ex(a)  # A_TT = L L^T = U^T U
         root = torch.linalg.solve_triangular(lower, identity, upper=False).mT  # U^-1
         starts.append(Start(order, root))
@@ -85,9 +86,9 @@ def solve_tile(
     pruned: Tensor | None = None
     best: tuple[Tensor, ...] = ()
     for order, root in starts:
-        w, grid = in_order(now, order), (*scales, group[:, order], qmax)
-        zeros = None if pruned is None else in_order(pruned, order)
-        feedback = _by_diagonal(root)
+        w, grid = _in_order(now, order), (*scales, _in_order(group, order), qmax)
+        zeros = None if pruned is None else _in_order(pruned, order)
+        feedback, back = _by_diagonal(root), None if order is None else order.argsort()
         if greedy is not None:
             code, _ = solve_obq(w, greedy, *grid, weight.shape[2], *how)
             s, z = (reference.per_column(each, grid[2]) for each in scales)
@@ -95,9 +96,9 @@ def solve_tile(
         elif sparsity is not None and pruned is None:
             pivots = root.diagonal(dim1=1, dim2=2).square()
             code, error, zeros = prune_and_solve(
-                w, feedback, pivots, *grid, *how, sparsity, columns[:, order], before
+                w, feedback, pivots, *grid, *how, sparsity, _in_order(columns, order), before
             )
-            pruned = in_order(zeros, order.argsort())
+            pruned = _in_order(zeros, back)
         else:
             code, error = ops.solve_columns(w, w, feedback, *grid, *how, zeros)
         curvature = _by_diagonal(root @ root.mT)
@@ -105,18 +106,22 @@ def solve_tile(
             # the same loop again; the columns ahead stand where the last pass put them
             ahead = w.mT.baddbmm(curvature.tril(-1).mT, error.mT).mT
             code, error = ops.solve_columns(w, ahead, curvature, *grid, *how, zeros)
-        cost = (error @ root).square().sum(2, keepdim=True)
-        found = *(in_order(each, order.argsort()) for each in (code, error)), cost
+        found: tuple[Tensor, ...] = _in_order(code, back), _in_order(error, back)
+        if len(starts) == 1:
+            return found[0], found[1]
+        found += ((error @ root).square().sum(2, keepdim=True),)
         if best:
-            better = cost < best[2]
+            better = found[2] < best[2]
             found = tuple(torch.where(better, *pair) for pair in zip(found, best, strict=True))
         best = found
     return best[0], best[1]
 
 
-def in_order(matrix: Tensor, order: Tensor) -> Tensor:
-    """Columns [..., order] of [B, N, T]; rows stay innermost in memory"""
-    return matrix.mT[:, order].mT
+def _in_order(tensor: Tensor, order: Tensor | None) -> Tensor:
+    """Columns in that order: [..., order] of [B, T], or of [B, N, T], rows innermost in memory"""
+    if order is None:
+        return tensor
+    return tensor[:, order] if tensor.ndim == 2 else tensor.mT[:, order].mT
 
 
 def by_curvature(inverse: Tensor) -> Tensor:
