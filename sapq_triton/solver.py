@@ -120,9 +120,9 @@ def solve(
     Peak memory beyond the arguments is (k C^2 + m R C) numbers of float32, for a float32 Hessian
     and beside panels of 256 columns. k: 1, with `rounds` 2; one more where columns never fired, and
     where the Hessian is not contiguous; inverses on a GPU hold 2 while they are made. For C =
-    53,248 each is 11.3 GB, as is the Hessian. m: about 1.25 candidates in order "sensitivity", beside
-    tiles, of which several starts hold five more, and 2.5 candidates in static orders; later, in
-    `rounds`, 7.
+    53,248 each is 11.3 GB, as is the Hessian. m: about 1.25 candidates in order "sensitivity",
+    beside tiles, of which several starts hold five more, and 2.5 candidates in static orders;
+    later, in `rounds`, 7.
     Where memory runs out, what is done row by row is done for half of the rows at a time, and so
     on: in tests on a CPU to the same bits, on a GPU but for the products of PyTorch, which may sum
     otherwise for fewer rows. Of m that leaves 1.25 candidates in order "sensitivity", and .25
