@@ -145,6 +145,11 @@ def quantize(
     keep that matrix until they are solved. Experts in one tensor, as transformers 5 has them, are
     no layers: the report names them, and `experts.unfuse` makes layers of them.
 
+    The experts of a block do not wait for one another: the first layers of all of them are solved
+    together, in batches of those of one form, then the second ones, and so on. For each such wave
+    the module that runs the experts runs once more on each batch, to sum the rows of its layers.
+    Several processes deal the batches out by their cost (`waves`, `solving`).
+
     The passes of all batches are interleaved. A forward that leaves something in an attribute for
     a later layer to pick up would find what another batch left: calibrate it on one batch. Autocast
     is off, unless `forward` turns it on.
