@@ -109,6 +109,23 @@ class HessianSum:
         return _mirror_(total).mul_(factor), drift if drift is None else drift.mul_(factor)
 
 
+def is_paired(inputs: Tensor, original: Tensor) -> Tensor:
+    """Which rows are nearest to the row of the same number in the other model: bool [N]
+
+    A router that sends a token elsewhere shifts the rows of those behind it. [N, C] twice
+    """
+    x, y = inputs.float(), original.float()
+    squares = y.square().sum(1)
+    paired = []
+    for start in range(0, len(x), PANEL):
+        part = x[start : start + PANEL]
+        distance = squares - 2 * part @ y.mT  # but for |x|^2, which is one number for a row
+        own = distance.diagonal(offset=start)
+        close = 1e-6 * (squares[start : start + PANEL] + part.square().sum(1))  # equal rows
+        paired.append(own <= distance.amin(1) + close)
+    return torch.cat(paired) if paired else x.new_zeros(0, dtype=torch.bool)
+
+
 @dataclass(frozen=True)
 class Prior:
     """What inputs a layer of an expert would have, were it the only one: the Hessian [B, C, C] of

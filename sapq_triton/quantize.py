@@ -7,6 +7,7 @@ BatchNorm and bias is corrected on the way.
 """
 
 import copy
+import itertools
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from .calibrate import Action, BatchMoments, ChannelMoments, Lockstep, Place, Re
 from .corrections import BatchNormRule, Corrections
 from .finite import check_finite, check_parts
 from .forward import Forward, feed, to_device, undisturbed
-from .hessian import HessianSum, Prior
+from .hessian import HessianSum, Prior, is_paired
 from .layers import Layer
 from .machine import Stopwatch, environment, peak_memory
 from .ops import Backend, Precision, uses_triton
@@ -46,7 +47,7 @@ from .targets import (
     find_leaders,
     find_targets,
 )
-from .waves import Wave, Waves, find_waves
+from .waves import Wave, Waves, find_experts, find_waves
 
 Meeting = Lockstep | Replay
 
@@ -334,6 +335,9 @@ class _Run:
             for (what, name), count in batch.visits.items():
                 if what == "norm":
                     self.corrections.saw(number, name, count, batch.moments.get((what, name), []))
+        for experts in find_experts(self.targets):
+            for target in itertools.chain(*experts.values()):
+                target.routed = True
         self._sum_repeated()
         find_leaders(self.targets, [batch.inputs for batch in batches])
         self._pool_experts()
@@ -599,6 +603,10 @@ class _Run:
             if call.original is not None and call.original.shape == call.inputs.shape:
                 before, _ = layers.input_rows(target.module, call.original, call.mask)
                 check_finite(before, f"the input of {target.name!r} in the full-precision model")
+                if target.routed and window is None:
+                    paired = is_paired(rows, before)
+                    total.unmatched += int((~paired).sum())
+                    before = before.where(paired[:, None], rows)
                 total.add_drift(rows, before, window)
             else:
                 total.unmatched += len(rows)

@@ -90,6 +90,7 @@ class Target:
     spec: QuantSpec
     twins: list[str]  # names of layers that hold the same weight, this one first
     notes: list[str] = field(default_factory=list)
+    routed: bool = False  # of an expert: which rows come to it may differ between models
     repeated: bool = False  # runs more than once in a forward pass
     leader: "Target | None" = None  # the first layer that gets the same inputs as this one
     led_by: "Target | None" = None  # the same, also when quantization has parted them

@@ -424,3 +424,42 @@ def test_an_expert_that_no_row_comes_to_waits_for_no_wave() -> None:
     lonely = report["1.experts.2.down"]
     assert lonely.rows == 0 and "no calibration row reached it" in lonely.notes
     assert all(report[f"1.experts.{n}.down"].rows > 0 for n in (0, 1, 3, 4, 5))
+
+
+def test_drift_is_that_of_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the quantized model sends as many tokens to an expert, but others, none are pairs."""
+    model, _ = mixture()
+    seen: list[tuple[Tensor, Tensor]] = []
+    add = HessianSum.add_drift
+
+    def spied(self: HessianSum, inputs: Tensor, original: Tensor, window: Any = None) -> None:
+        seen.append((inputs, original))
+        add(self, inputs, original, window)
+
+    monkeypatch.setattr(HessianSum, "add_drift", spied)
+    expert = model[1].experts[0]  # type: ignore[index]
+    tokens = torch.randn(40, COLUMNS)
+
+    class Swapped(nn.Module):
+        """The quantized copy of a model leaves out token 7, and takes one more at the end."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(COLUMNS, COLUMNS)
+            self.experts = nn.ModuleList([expert, copy.deepcopy(expert)])
+            self.was = self.first.weight.detach().clone()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            changed = not torch.equal(self.first.weight, self.was)
+            kept = torch.arange(40) != (7 if changed else 39)
+            result: Tensor = self.experts[0](x[kept]) + self.experts[1](x[kept])
+            return result
+
+    report = quantize(
+        Swapped(), [tokens], SPEC, preset="fast", drift_correction=1.0, progress=False
+    )
+    now, before = next((x, y) for x, y in seen if len(x) == 39)
+    assert (now[:7] != before[:7]).any(1).all()  # quantization changed them
+    assert torch.equal(now[7:], before[7:])  # others: no drift
+    assert any("drift of some inputs is unknown" in n for n in report["experts.0.gate"].notes)

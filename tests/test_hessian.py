@@ -10,6 +10,7 @@ from sapq_triton.hessian import (
     drifted,
     feedback_factor,
     inverse,
+    is_paired,
     permuted,
     revive,
 )
@@ -302,3 +303,15 @@ def test_drift_refuses_what_does_not_fit() -> None:
         HessianSum(1, 3).add_drift(torch.ones(2, 3), torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"must be \[2, 3\], got \[1, 3\]"):
         HessianSum(1, 3, drift=True).add_drift(torch.ones(2, 3), torch.ones(1, 3))
+
+
+def test_rows_of_other_tokens_are_told_apart() -> None:
+    original = torch.randn(600, 24) + 3  # all in one direction
+    inputs = original + 0.3 * torch.randn(600, 24)
+    assert is_paired(inputs, original).all()
+    assert is_paired(original.half(), original).all()
+    assert is_paired(original[:1].repeat(5, 1), original[:1].repeat(5, 1)).all()  # equal rows
+    shifted = torch.cat([inputs[:200], inputs[201:], torch.randn(1, 24) + 3])
+    paired = is_paired(shifted, original)
+    assert paired[:200].all() and not paired[200:599].any()
+    assert is_paired(inputs[:0], original[:0]).shape == (0,)
