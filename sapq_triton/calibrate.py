@@ -108,18 +108,19 @@ class Replay:
         self._number = 0  # of the pass that runs
         self._due: set[Hashable] = set()
         self._reached: Hashable | None = None
-        self._forgotten: Hashable | None = None
-        self._waits_at: Hashable | None = None
+        self._forgotten: dict[Hashable, Hashable] = {}
 
     def is_new(self, station: Hashable) -> bool:
         """Whether the pass that asks has not been at this station before."""
-        known = (self._number, station) in self._visits or station == self._forgotten
+        known = (self._number, station) in self._visits or station in self._forgotten
         self._visits.add((self._number, station))
         return not known
 
     def forget(self, station: Hashable, waits_at: Hashable | None = None) -> None:
-        """Every pass comes to this station anew, from the first one on, and to where it waits."""
-        self._forgotten, self._waits_at = station, waits_at or station
+        """Every pass comes to this station anew, from the first one on; waits_at: where it then
+        waits, by default there.
+        """
+        self._forgotten[station] = waits_at or station
 
     def meet(self, station: Hashable, acts: bool = True) -> None:
         """Go on where the station is done; else the pass ends here, for now. acts: as above."""
@@ -133,8 +134,8 @@ class Replay:
         """Until all passes have come to their end."""
         while True:
             reached: set[int] = set()
-            self._visits = {visit for visit in self._visits if visit[1] != self._forgotten}
-            self._due, self._forgotten = set(), None
+            self._visits = {visit for visit in self._visits if visit[1] not in self._forgotten}
+            self._due, self._forgotten = set(), {}
             for number, run in enumerate(self._passes):
                 self._number, self._reached = number, None
                 try:
@@ -148,7 +149,7 @@ class Replay:
                 return
             number, due = place
             station = self._stations[number]
-            if self._forgotten is not None and station == self._waits_at:
+            if station in self._forgotten.values():
                 continue
             if due:
                 self._actions[station]()

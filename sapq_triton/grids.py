@@ -56,7 +56,7 @@ def search_grids(
 def _neighbours(
     scale: Tensor, zero_point: Tensor, spec: QuantSpec
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """A grid, where there are zero points that with one code more and less, and stretched ones."""
+    """A grid; unless symmetric, with zero points one higher and one lower; then stretched ones."""
     yield scale, zero_point
     if not spec.symmetric:
         yield scale, (zero_point + 1).clamp(max=spec.qmax)

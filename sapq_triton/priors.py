@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import layers
@@ -62,13 +62,17 @@ class Pooling:
     def _run(self, starved: list[nn.Module], module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._running:
             self._running = True
-            for expert in starved:
-                expert(*args, **kwargs)
+            for expert in starved:  # which may change what it is given
+                expert(*map(_cloned, args), **{k: _cloned(v) for k, v in kwargs.items()})
             self._running = False
 
     def _add(self, sums: Target, module: Layer, args: Any, kwargs: Any) -> None:
         if self._running:
             self._add_call(sums, sums.name, module, args, kwargs)
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _is_starved(target: Target, outputs: Sequence[Mapping[str, int]]) -> bool:

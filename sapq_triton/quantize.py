@@ -47,7 +47,7 @@ from .targets import (
     find_leaders,
     find_targets,
 )
-from .waves import Wave, Waves, find_experts, find_waves
+from .waves import Probe, Wave, Waves, find_experts, find_waves
 
 Meeting = Lockstep | Replay
 
@@ -341,9 +341,22 @@ class _Run:
         self._sum_repeated()
         find_leaders(self.targets, [batch.inputs for batch in batches])
         self._pool_experts()
-        copies = (1 + self.solving.drifts) * (1 + self.solving.chooses)
+        self._waves = Waves(self._find_waves())
+
+    def _find_waves(self) -> dict[str, list[Wave]]:
+        sums = len(self.batches) if self.deterministic else 1 + self.solving.chooses
         order = [name for what, name in self.sequence if what == "solve"]
-        self._waves = Waves(find_waves(self.modules, self.targets, order, copies))
+        copies = (1 + self.solving.drifts) * sums
+        found = find_waves(self.modules, self.targets, order, copies)
+        if found:
+            probe = Probe(found, self.modules)
+            with _removed(probe.hooks):
+                for number in self.own:
+                    probe.begin()
+                    self._run_batch(self.batches[number], number)
+            for name in set().union(*self.ranks.gather(probe.unfit)):
+                del found[name]
+        return found
 
     def _merge_sequence(self, visits: dict[Station, int]) -> None:
         """Stations that no batch before this one visited go behind the one visited just before."""
@@ -681,7 +694,7 @@ class _Run:
                 notes=tuple(target.notes),
             )
         )
-        target.solved, target.calls = True, []
+        target.solved, target.calls, target.prior = True, [], None
 
     def _meet_norm(
         self,
@@ -725,6 +738,9 @@ class _Run:
         if isinstance(mask, Tensor):
             check_finite(mask, f"the {self.mask_key} of a batch", "; it must hold 0 and 1")
         self._pass.inputs, self._pass.number = {}, number
+        if model is not None:  # what an earlier pass of the batch has left
+            for key in [key for key in self._original if key[0] == number]:
+                del self._original[key]
         self._waves.begin()
         self._pass.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self.forward(model or self.model, batch)

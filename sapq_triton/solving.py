@@ -53,7 +53,8 @@ class _Problem:
         """Problems of one form can be solved in one batch."""
         leader = self.targets[0]
         shapes = tuple(weight.shape for weight in self.weights)
-        return shapes, leader.spec, layers.window_size(leader.module), self.trust.damp
+        window = layers.window_size(leader.module)
+        return shapes, self.hessian.device, leader.spec, window, self.trust.damp
 
     @property
     def cost(self) -> float:

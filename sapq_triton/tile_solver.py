@@ -37,7 +37,8 @@ class Start(NamedTuple):
 def starting_points(inverse: Tensor, count: int) -> tuple[list[Start], Tensor]:
     """The order that the columns have, then random ones, the same in every call.
 
-    A_TT [B, T, T]  ->  `count` starts, and whether A_TT is positive definite, bool [B]
+    A_TT [B, T, T]  ->  `count` starts, and whether A_TT is positive definite, bool [B]. One that
+    rounding makes indefinite in another order costs NaN there, and no row keeps it.
     """
     T = inverse.shape[1]
     identity = torch.eye(T, device=inverse.device).expand_as(inverse)
@@ -45,8 +46,8 @@ def starting_points(inverse: Tensor, count: int) -> tuple[list[Start], Tensor]:
     for number in range(count):
         order, a = None, inverse
         if number:
-            order = torch.randperm(T, generator=torch.Generator().manual_seed(number))
-            order = order.to(inverse.device)
+            random = torch.Generator("cpu").manual_seed(number)
+            order = torch.randperm(T, generator=random, device="cpu").to(inverse.device)
             a = inverse[:, order][:, :, order]
         lower, info = torch.linalg.cholesky_ex(a)  # A_TT = L L^T = U^T U
         root = torch.linalg.solve_triangular(lower, identity, upper=False).mT  # U^-1

@@ -1,22 +1,28 @@
 """Layers of experts that do not wait for one another are solved together, in waves.
 
-The experts of a block get their inputs from what comes before the block, and none from another: the
-first layers of all of them can be solved at once, then the second ones, and so on. For each wave
-the block runs once more, to sum the rows of its layers, before it runs to the end.
+The experts of a block get their inputs from what comes before the block, and none from another:
+then the first layers of all of them can be solved at once, then the second ones, and so on. For
+each wave the block runs once more, to sum the rows of its layers, before it runs to the end.
+Whether a block is like that, and may run again, is tried first (`Probe`).
 """
 
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from . import layers
+from .layers import Layer
 from .targets import Station, Target
 
+_EXPERT = re.compile(r"((?:.*\.)?experts?\.(?:expert_)?)(\d+)(?:\..+)?")
 WAVE = 2**28  # numbers that the sums of a wave hold
 LEAST_WAVE = 4  # Hessians that are worth a wave, in the mean
 
@@ -28,7 +34,7 @@ def find_experts(targets: Mapping[str, Target]) -> list[dict[str, list[Target]]]
     """
     blocks: dict[str, dict[str, list[Target]]] = {}
     for name, target in targets.items():
-        if parts := re.fullmatch(r"((?:.*\.)?experts?\.(?:expert_)?)(\d+)(?:\..+)?", name):
+        if parts := _EXPERT.fullmatch(name):
             experts = blocks.setdefault(parts[1], {})
             experts.setdefault(parts[1] + parts[2], []).append(target)
     return [experts for experts in blocks.values() if len(experts) > 1]
@@ -60,28 +66,35 @@ def find_waves(
     The first layers of all experts, then the second ones, and so on; in several waves where their
     sums would hold more than WAVE numbers, `copies` of each Hessian. order: names of layers in that
     of execution. Left out are blocks with layers that run more than once, share a weight, or share
-    their input with a layer elsewhere, with BatchNorms, and with few or large layers.
+    their input with a layer elsewhere, with BatchNorms, or other experts, inside, and with few or
+    large layers.
     """
     place = {name: number for number, name in enumerate(order)}
+    led = [(t.name, t.leader.name) for t in targets.values() if t.leader is not None]
     waves = {}
-    for experts in find_experts(targets):
+    blocks = find_experts(targets)
+    of_experts = {t.name for block in blocks for each in block.values() for t in each}
+    for experts in blocks:
         inside = [t for each in experts.values() for t in each if t.name in place]
         names = {target.name for target in inside}
+        own = {target.name for each in experts.values() for target in each}
         heads = {target.name: target.leader or target for target in inside}
         run = next(iter(experts)).rpartition(".")[0]
         while run and type(modules[run]).forward is nn.Module.forward:  # a container of layers
             run = run.rpartition(".")[0]
+        within = f"{run}." if run else ""
         if (
-            any(t.repeated or len(t.twins) > 1 or heads[t.name].name not in names for t in inside)
+            any(t.repeated or len(t.twins) > 1 for t in inside)
+            or any((name in names) != (leader in names) for name, leader in led)
             or any(isinstance(module, _BatchNorm) for module in modules[run].modules())
-            or run in waves
+            or any(name.startswith(within) for name in of_experts - own)
         ):
             continue
         level: dict[str, int] = {}
         for each in experts.values():
             ordered = sorted((t for t in each if t.name in place), key=lambda t: place[t.name])
-            own = dict.fromkeys(heads[target.name].name for target in ordered)
-            for number, name in enumerate(own):
+            turns = dict.fromkeys(heads[target.name].name for target in ordered)
+            for number, name in enumerate(turns):
                 level.setdefault(name, number)
         parts: list[list[str]] = []
         for number in range(max(level.values(), default=-1) + 1):
@@ -102,8 +115,90 @@ def find_waves(
     return waves
 
 
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+class _Unknown(Exception):
+    """An argument that may remember that it was used."""
+
+
+def _cloned(value: Any, clones: list[Tensor]) -> Any:
+    """What a module is called with, but its tensors as clones, which are listed."""
+    if isinstance(value, Tensor):
+        clones.append(value.clone())
+        return clones[-1]
+    if type(value) in (tuple, list):
+        return type(value)(_cloned(each, clones) for each in value)
+    if type(value) is dict:
+        return {key: _cloned(each, clones) for key, each in value.items()}
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+        return value
+    raise _Unknown
+
+
+class Probe:
+    """Which blocks may not run in waves, by a forward pass of each batch while its hooks are there.
+
+    Each block runs again behind itself, with zeros for what its experts put out. Those are unfit
+    whose experts then do not get what they got before, which change their arguments, are given
+    objects that may keep a state, or run several times in a pass.
+    """
+
+    def __init__(self, blocks: Mapping[str, list[Wave]], modules: Mapping[str, nn.Module]) -> None:
+        self.unfit: set[str] = set()
+        self.hooks: list[RemovableHandle] = []
+        self._visits: dict[str, int] = {}
+        self._first: dict[str, Tensor] = {}  # input of the first layer of each expert that ran
+        self._again = False
+        for run, waves in blocks.items():
+            module = modules[run]
+            self.hooks += [
+                module.register_forward_pre_hook(partial(self._before, run)),
+                module.register_forward_hook(partial(self._behind, run), with_kwargs=True),
+            ]
+            for target in (target for wave in waves for target in wave.targets):
+                expert = _EXPERT.fullmatch(target.name)
+                assert expert is not None
+                self.hooks += [
+                    target.module.register_forward_pre_hook(
+                        partial(self._saw, target.name, expert[1] + expert[2]), with_kwargs=True
+                    ),
+                    target.module.register_forward_hook(self._emptied),
+                ]
+
+    def begin(self) -> None:
+        """A forward pass."""
+        self._visits.clear()
+
+    def _before(self, run: str, module: nn.Module, args: Any) -> None:
+        self._visits[run] = self._visits.get(run, 0) + 1
+        self._first = {}
+
+    def _saw(self, name: str, expert: str, module: Layer, args: Any, kwargs: Any) -> None:
+        if expert not in self._first:
+            self._first[expert] = layers.called_with(name, args, kwargs).clone()
+
+    def _emptied(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return torch.zeros_like(output) if self._again else None
+
+    def _behind(self, run: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if run in self.unfit or self._visits[run] > 1:
+            self.unfit.add(run)
+            return
+        clones: list[Tensor] = []
+        was, self._first = self._first, {}
+        try:
+            again = _cloned(args, clones), _cloned(kwargs, clones)
+            versions = [clone._version for clone in clones]
+            self._again = True
+            module.forward(*again[0], **again[1])
+        except Exception:  # whatever a block makes of zeros: it is not one that may run again
+            self.unfit.add(run)
+            return
+        finally:
+            self._again = False
+        same = was.keys() == self._first.keys() and all(
+            torch.equal(was[expert], self._first[expert]) for expert in was
+        )
+        if not same or versions != [clone._version for clone in clones]:
+            self.unfit.add(run)
 
 
 class Waves:
@@ -149,9 +244,7 @@ class Waves:
             if wave.done:
                 continue
             self._pass.wave, self._pass.among_experts = {t.name for t in wave.targets}, False
-            # what runs may change its inputs in place
-            again = {name: _cloned(value) for name, value in kwargs.items()}
-            module.forward(*map(_cloned, args), **again)
+            module.forward(*args, **kwargs)  # past the hooks of the block itself
             self._pass.wave = None
             meet(wave)
 

@@ -1,6 +1,7 @@
 """Mixtures of experts: those that one tensor holds, and those that few tokens come to."""
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sapq_triton.language import quantize_folder
 from sapq_triton.regularize import Moments, choose
 from sapq_triton.targets import find_targets
 from sapq_triton.waves import find_experts
-from tests.tiny import mixture, save_tokenizer
+from tests.tiny import MIXED, mixture, save_tokenizer
 
 SPEC = QuantSpec(4)
 # one solve without choices, as it can be repeated by hand
@@ -398,22 +399,103 @@ def test_waves_and_batches_hold_so_many_numbers(
         assert torch.equal(parts[layer.name].codes, layer.codes)
 
 
+def change_norm(model: Any) -> None:
+    model[1].experts.append(nn.BatchNorm1d(MIXED))
+
+
+def change_shared(model: Any) -> None:
+    model[1].experts[1].up = model[1].experts[0].up
+
+
+def change_twice(model: Any) -> None:
+    model.forward = lambda x: model[1](model[1](x))
+
+
+def change_chunks(model: Any) -> None:
+    """Each half of a batch is a call of the block, and comes to experts of its own."""
+    block = model[1]
+
+    class Gate(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.one_hot(self.offset + torch.arange(len(x)) % 3, 6)
+
+    block.gate = Gate()
+
+    def forward(x: Tensor) -> Tensor:
+        x, out = model[0](x), []
+        for offset in (3, 0) if x[0, 0] > 0 else (0, 3):
+            block.gate.offset = offset
+            out.append(block(x[:70]))
+        return model[2](torch.cat(out))
+
+    model.forward = forward
+
+
+def change_in_place(model: Any) -> None:
+    block = model[1]
+    inner = block.forward
+
+    def forward(x: Any) -> Tensor:
+        result = inner(x[0])
+        x[0].add_(1)
+        return result
+
+    block.forward = forward
+    model.forward = lambda x: model[2](block((model[0](x),)))
+
+
+def change_cache(model: Any) -> None:
+    class Cache:
+        seen: Any = None
+
+    block = model[1]
+    inner = block.forward
+
+    def forward(x: Tensor, cache: Cache) -> Tensor:
+        cache.seen = x if cache.seen is None else cache.seen + x
+        return inner(cache.seen)
+
+    block.forward = forward
+    model.forward = lambda x: model[2](block(model[0](x), cache=Cache()))
+
+
+def change_chain(model: Any) -> None:
+    """Each expert on what the one before it puts out."""
+    block = model[1]
+
+    def forward(x: Tensor) -> Tensor:
+        for expert in block.experts:
+            x = x + expert(x)
+        return block.behind(x)
+
+    block.forward = forward
+
+
+def change_nested(model: Any) -> None:
+    """What runs the experts runs those of another block, too."""
+    block, (other, _) = model[1], mixture(4)
+    block.before = other[1]
+    inner = block.forward
+    block.forward = lambda x: inner(block.before(x))
+    for name in ("gate", "behind"):
+        delattr(other[1], name)
+    other[1].forward = lambda x: sum(expert(x.clone()) for expert in other[1].experts)
+
+
 @pytest.mark.parametrize(
     "change",
-    [
-        pytest.param(lambda m: setattr(m[1].experts[1], "up", m[1].experts[0].up), id="shared"),
-        pytest.param(lambda m: m[1].experts.append(nn.BatchNorm1d(COLUMNS)), id="norm"),
-        pytest.param(lambda m: setattr(m, "forward", lambda x: m[1](m[1](x))), id="twice"),
-    ],
-)
+    [change_norm, change_shared, change_twice, change_chunks, change_in_place, change_cache,
+     change_chain, change_nested],
+)  # fmt: skip
+@pytest.mark.parametrize("replay", [False, True])
 def test_unusual_experts_are_solved_one_by_one(
-    change: Any, monkeypatch: pytest.MonkeyPatch
+    change: Any, replay: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, batches = mixture()
     change(model)
     seen = shapes_solved(monkeypatch)
-    quantize(model, batches, SPEC, **PLAIN)
-    assert {shape[0] for shape in seen} == {1}
+    quantize(model, batches, SPEC, replay=replay, **PLAIN)
+    assert {shape[0] for shape in seen} == ({1, 4} if change is change_nested else {1})
 
 
 def test_an_expert_that_no_row_comes_to_waits_for_no_wave() -> None:
@@ -463,3 +545,105 @@ def test_drift_is_that_of_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> No
     assert (now[:7] != before[:7]).any(1).all()  # quantization changed them
     assert torch.equal(now[7:], before[7:])  # others: no drift
     assert any("drift of some inputs is unknown" in n for n in report["experts.0.gate"].notes)
+
+
+@pytest.mark.parametrize("first", ["experts", "another"])
+def test_experts_that_share_their_input_with_others_are_no_wave(
+    first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever leads, the others would be solved before their own turn."""
+
+    class Everywhere(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(COLUMNS, 8) for _ in range(5))
+            self.another = nn.Linear(COLUMNS, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            both = [*self.experts, self.another]
+            outputs = [layer(x) for layer in (both if first == "experts" else both[::-1])]
+            return torch.stack(outputs).sum(0)
+
+    seen = shapes_solved(monkeypatch)
+    quantize(Everywhere(), [torch.randn(80, COLUMNS)], SPEC, **PLAIN)
+    assert seen == [(1, 48, 24)]
+
+
+def test_experts_called_by_keyword_and_of_several_specs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = mixture(8)
+    model.forward = lambda x: model[2](model[1](x=model[0](x)))  # type: ignore
+    alone = copy.deepcopy(model)
+    alone.forward = lambda x: alone[2](alone[1](x=alone[0](x)))  # type: ignore
+    seen = shapes_solved(monkeypatch)
+    overrides = {"1.experts.[0-2].*": QuantSpec(3), "1.experts.7.down": QuantSpec(2)}
+    report = quantize(model, batches, SPEC, overrides=overrides, **PLAIN)
+    assert [shape[0] for shape in seen] == [1, 1, 3, 5, 3, 4, 1, 1, 1]
+    monkeypatch.setattr(*ONE_BY_ONE)
+    expected = quantize(alone, batches, SPEC, overrides=overrides, **PLAIN)
+    for layer in expected.layers:
+        assert torch.equal(report[layer.name].codes, layer.codes), layer.name
+        assert report[layer.name].spec == layer.spec
+    for layer in report.layers:  # whoever keeps one layer keeps no other
+        for tensor in (layer.codes, layer.scale, layer.zero_point):
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    assert sum(x.seconds_solve for x in report.layers) < 1.5 * report.stages["solves"]
+
+
+def test_experts_of_grouped_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is two problems of the batch."""
+
+    class Convolutions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Conv1d(8, 6, 3, groups=2) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([e(x * n) for n, e in enumerate(self.experts, 1)]).sum(0)
+
+    model = Convolutions()
+    alone, seen = copy.deepcopy(model), shapes_solved(monkeypatch)
+    batches = [torch.randn(4, 8, 20) * torch.arange(1, 9)[:, None]]
+    report = quantize(model, batches, SPEC, **PLAIN)
+    assert seen == [(8, 3, 12)]
+    monkeypatch.setattr(*ONE_BY_ONE)
+    for layer in quantize(alone, batches, SPEC, **PLAIN).layers:
+        assert torch.equal(report[layer.name].codes, layer.codes)
+        assert report[layer.name].error == pytest.approx(layer.error, rel=1e-5)
+
+
+@pytest.mark.parametrize("options, copies", [(dict(drift_correction=0.5), 2),
+                                             (dict(deterministic=True), 5)])  # fmt: skip
+def test_a_wave_counts_all_sums_that_it_needs(
+    options: Any, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sapq_triton.waves.LEAST_WAVE", 1)
+    monkeypatch.setattr("sapq_triton.waves.WAVE", 2 * copies * 24 * 24)
+    model, batches = mixture()
+    seen = shapes_solved(monkeypatch)
+    quantize(model, batches, SPEC, **{**PLAIN, **options})
+    assert [shape[0] for shape in seen if shape[1] == 32] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_inputs_of_the_full_precision_model_do_not_stay(
+    replay: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["sapq_triton.quantize"]
+    most, runs = 0, []
+
+    class Watched(module._Run):  # type: ignore[name-defined, misc]
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            runs.append(self)
+
+        def _run_batch(self, *args: Any) -> None:
+            nonlocal most
+            super()._run_batch(*args)
+            most = max(most, len(self._original))
+
+    monkeypatch.setattr(module, "_Run", Watched)
+    model, batches = mixture()
+    quantize(model, batches, SPEC, preset="fast", drift_correction=0.5, replay=replay,
+             progress=False)  # fmt: skip
+    assert runs[0]._original == {} and most <= 6 * len(batches)
+    assert all(target.prior is None for target in runs[0].targets.values())

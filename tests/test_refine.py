@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from sapq_triton import QuantSpec, ops, reference, solve
+from sapq_triton.grids import search_grids
 from sapq_triton.hessian import damped
+from sapq_triton.memory import Rows
 from sapq_triton.refine import curvature, refine, refit_scales, sweep
 from sapq_triton.result import dequantize, row_errors
 
@@ -300,3 +302,17 @@ def test_refinement_keeps_what_is_pruned(sparsity: Any) -> None:
     zeros = best.codes == best.zero_point.to(torch.uint8)
     if sparsity == "2:4":
         assert (zeros.unflatten(1, (-1, 4)).sum(2) >= 2).all()
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_zero_points_of_candidates_are_codes(sign: int) -> None:
+    """Of rows of one sign they are the first or the last code, and there is none beyond."""
+    weight, hessian = layer()
+    weight = sign * (weight.abs() + 0.1)
+    found = search_grids(
+        weight[None], hessian[None], QuantSpec(3), "sensitivity", 8, 0.01, "reference", Rows()
+    )[1]
+    assert found.shape[1] == 8 * len(weight)
+    assert found.min() == (0 if sign > 0 else 6) and found.max() == (1 if sign > 0 else 7)
+    solved = solve(weight, hessian, QuantSpec(3), candidates=8)
+    assert ((solved.zero_point >= 0) & (solved.zero_point <= 7)).all()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sapq_triton import QuantSpec, Report, quantize
 from tests.test_quantize import ConvNet, Encoder, Routed, images, padded, sentences
 from tests.test_targets import Parting, features
-from tests.tiny import mixture
+from tests.tiny import Gated, mixture
 
 SPEC = QuantSpec(bits=3)
 
@@ -42,6 +42,27 @@ def routed() -> tuple[nn.Module, list[Any]]:
     return Routed(), [(torch.randn(9, 6), 0), (torch.randn(8, 6), 1), (torch.randn(7, 6), 0)]
 
 
+class PartingExpert(Gated):
+    """Two layers have one input, until the layer before the block is quantized."""
+
+    def __init__(self, first: nn.Linear) -> None:
+        super().__init__()
+        self.first, self.was = [first], first.weight.detach().clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        same = torch.equal(self.first[0].weight, self.was)
+        result: Tensor = self.down(self.gate(x) * self.up(x if same else x.neg()))
+        return result
+
+
+def parting_experts() -> tuple[nn.Module, list[Any]]:
+    model, batches = mixture()
+    first, block = model[0], model[1]
+    assert isinstance(first, nn.Linear)
+    block.experts = nn.ModuleList(PartingExpert(first) for _ in range(6))
+    return model, batches
+
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, list[Any]]]] = {
     "convolutions": lambda: (ConvNet(bias=True), list(images(dtype=torch.float32).split(5))),
     "encoder": lambda: (Encoder(), [padded(sentences(x)) for x in ([5, 9], [3, 7], [6], [8])]),
@@ -49,6 +70,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, list[Any]]]] = {
     "parting-first": lambda: parting([11], False),
     "parting-last": lambda: parting([3], False),
     "experts": mixture,
+    "parting-experts": parting_experts,
     "missing": lambda: parting([11, 9, 3], True),
 }
 

@@ -176,3 +176,8 @@ def test_a_hessian_that_is_not_positive_definite_climbs_the_ladder() -> None:
     result = solve(weight, x.T @ x, QuantSpec(3), damp=0.0, starts=4)
     assert result.report.damp > 0 and not result.report.fallback
     assert result.dequantize().isfinite().all()
+
+
+def test_what_is_not_positive_definite_is_told() -> None:
+    inverse = torch.stack([torch.eye(4), torch.diag(torch.tensor([1.0, -1, 1, 1]))])
+    assert starting_points(inverse, 2)[1].tolist() == [True, False]

@@ -119,7 +119,6 @@ class Mixture(nn.Module):
         out = torch.zeros_like(x)
         for number in expert.unique().tolist():
             out[expert == number] = self.experts[number](x[expert == number])
-        x += 1  # whoever runs it again needs the inputs as they were
         result: Tensor = self.behind(out)
         return result
 
