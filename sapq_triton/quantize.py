@@ -1,9 +1,9 @@
 """Quantize a model layer by layer: the one place that knows whole models.
 
-Two forward passes per batch, and some of mixtures of experts. The first, of the untouched model, notes the order of execution, which
-layers get the same inputs, and the moments that the BatchNorm correction needs. The second runs all
-batches in lockstep: each layer is solved on the outputs of the already quantized ones, and each
-BatchNorm and bias is corrected on the way.
+Two forward passes per batch, and some more of mixtures of experts. The first, of the untouched
+model, notes the order of execution, which layers get the same inputs, and the moments that the
+BatchNorm correction needs. The second runs all batches in lockstep: each layer is solved on the
+outputs of the already quantized ones, and each BatchNorm and bias is corrected on the way.
 """
 
 import copy
