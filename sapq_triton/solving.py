@@ -180,11 +180,11 @@ class Solving:
             if owners[n] == self.ranks.rank
         }
         if self.ranks.size > 1:
-            device = problems[0].hessian.device
             told = [[[moved(r, "cpu") for r in parts] for parts in own[n]] for n in own]
             for part in self.ranks.gather(dict(zip(own, told, strict=True))):
                 for n, results in part.items():
                     if n not in own:
+                        device = batches[n][0].hessian.device
                         own[n] = [[moved(r, device) for r in parts] for parts in results]
         return [(batch, own[n]) for n, batch in enumerate(batches)]
 
