@@ -152,7 +152,8 @@ def _processes(device: str, minutes: float) -> Iterator[tuple[bool, str]]:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
-    backend = "nccl" if device.startswith("cuda") else "gloo"
+    # what is no tensor of a device goes by gloo, which knows at once when a process is gone
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     torch.distributed.init_process_group(backend, timeout=timedelta(minutes=minutes))
     try:
         yield True, device

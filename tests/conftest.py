@@ -18,9 +18,16 @@ with torch.device("meta"):
 
 # what a bare GPU machine may lack, and the tests that are about nothing else
 EXTRAS = {
-    "onnx": ["test_fuzz.py", "test_onnx*.py"],
+    "hypothesis": ["test_properties.py"],
+    "onnx": ["test_fuzz.py", "test_onnx*.py", "test_soak.py"],
     "safetensors": ["test_compressed_tensors.py", "test_formats*.py", "peers/test_gptqmodel.py"],
-    "transformers": ["test_cli.py", "test_fuzz.py"],
+    "transformers": [
+        "test_cli.py",
+        "test_fuzz.py",
+        "test_job.py",
+        "test_soak.py",
+        "test_stream.py",
+    ],
 }
 MISSING = [package for package in EXTRAS if find_spec(package) is None]
 collect_ignore_glob = [name for package in MISSING for name in EXTRAS[package]]

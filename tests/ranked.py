@@ -1,15 +1,17 @@
 """Quantize models among several processes, and write down the bits that each comes to.
 
-    python tests/ranked.py models PROCESSES OUT [NAMES]
+    python tests/ranked.py models PROCESSES OUT DEVICE [NAMES]
     python tests/ranked.py folder PROCESSES SOURCE TEXT OUT DYING
 
-The processes are forked and meet over gloo; 0 models: without torch.distributed.
+The processes are forked and meet over gloo; over nccl, too, where DEVICE is cuda and each has a GPU
+of its own; 0 models: without torch.distributed.
 """
 
 import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 from torch import Tensor, nn
 
 from sapq_triton import QuantSpec, Report, blockwise, quantize, quantize_folder
@@ -32,7 +33,7 @@ TIMEOUT = timedelta(seconds=60)
 
 
 def digest(tensor: Tensor) -> str:
-    flat = tensor.detach().contiguous().reshape(-1)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
     return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
@@ -58,7 +59,7 @@ def wide() -> tuple[nn.Module, list[Any]]:
 ALL = {**MODELS, "wide": wide}
 
 
-def results(distributed: bool, names: list[str]) -> dict[str, Any]:
+def results(distributed: bool, device: str, names: list[str]) -> dict[str, Any]:
     found = {}
     for name, preset, replay in product(names, ("best", "fast"), (False, True)):
         if replay and name == "wide":
@@ -68,14 +69,14 @@ def results(distributed: bool, names: list[str]) -> dict[str, Any]:
         torch.manual_seed(0)
         model, batches = ALL[name]()
         report = quantize(
-            model, batches, SPEC, preset=preset, replay=replay, progress=False,  # type: ignore[arg-type]
+            model.to(device), batches, SPEC, preset=preset, replay=replay, progress=False,  # type: ignore[arg-type]
             distributed=distributed, deterministic=True,
         )  # fmt: skip
         found[f"{name}, {preset}, {'replay' if replay else 'lockstep'}"] = bits(model, report)
     return found
 
 
-def fork(processes: int, store: Path, work: Any) -> list[int]:
+def fork(processes: int, store: Path, work: Any, backend: str = "gloo") -> list[int]:
     """work(rank) in so many processes that have a group; their exit statuses."""
     children = []
     for rank in range(processes):
@@ -83,7 +84,7 @@ def fork(processes: int, store: Path, work: Any) -> list[int]:
         if child == 0:
             try:
                 dist.init_process_group(
-                    "gloo", init_method=f"file://{store}", rank=rank, world_size=processes,
+                    backend, init_method=f"file://{store}", rank=rank, world_size=processes,
                     timeout=TIMEOUT,
                 )  # fmt: skip
                 work(rank)
@@ -97,15 +98,27 @@ def fork(processes: int, store: Path, work: Any) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def models(processes: int, out: Path, names: list[str]) -> None:
+def models(processes: int, out: Path, device: str, names: list[str]) -> None:
     def work(rank: int) -> None:
-        content = json.dumps(results(processes > 0, names))
+        own = f"cuda:{rank}" if spread else device
+        if spread:
+            torch.cuda.set_device(own)
+        content = json.dumps(results(processes > 0, own, names))
         (out / f"{processes}-{rank}.json").write_text(content)
 
+    spread = device == "cuda" and gpus() >= processes > 1
     if processes == 0:
         work(0)
-    elif any(fork(processes, out / f"store-{processes}", work)):
-        sys.exit("a process failed")
+    else:
+        backend = "cpu:gloo,cuda:nccl" if spread else "gloo"
+        if any(fork(processes, out / f"store-{processes}", work, backend)):
+            sys.exit("a process failed")
+
+
+def gpus() -> int:
+    """Their number, asked in a process of its own: where CUDA is at work nobody may fork."""
+    asked = "import torch; print(torch.cuda.device_count())"
+    return int(subprocess.check_output([sys.executable, "-c", asked]))
 
 
 def folder(processes: int, source: Path, text: Path, out: Path, dying: int) -> None:
@@ -134,9 +147,11 @@ def folder(processes: int, source: Path, text: Path, out: Path, dying: int) -> N
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
     if sys.argv[1] == "models":
-        models(int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:] or [*ALL])
+        models(int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5:])
     else:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         source, text, out = map(Path, sys.argv[3:6])
         folder(int(sys.argv[2]), source, text, out, int(sys.argv[6]))

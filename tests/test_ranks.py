@@ -35,9 +35,9 @@ def ranked(*arguments: object) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def compare(out: Path, counts: tuple[int, ...], names: list[str]) -> None:
+def compare(out: Path, counts: tuple[int, ...], names: list[str], device: str = "cpu") -> None:
     for processes in (0, *counts):
-        done = ranked("models", processes, out, *names)
+        done = ranked("models", processes, out, device, *names)
         assert done.returncode == 0, done.stderr
     alone = json.loads((out / "0-0.json").read_text())
     assert {name.partition(",")[0] for name in alone} == set(names)
@@ -57,6 +57,12 @@ def test_every_model_by_one_to_four_processes(tmp_path: Path) -> None:
     compare(tmp_path, (1, 2, 3, 4), [*MODELS, "wide"])
 
 
+@pytest.mark.gpu
+def test_processes_on_a_gpu_come_to_the_bits_of_one(tmp_path: Path) -> None:
+    """Over nccl where each of two has a GPU of its own."""
+    compare(tmp_path, (1, 2), ["convolutions", "parting-first", "experts", "wide"], "cuda")
+
+
 def test_work_is_dealt_out_by_its_cost() -> None:
     assert deal([1, 8, 3, 3, 2], 2) == [0, 0, 1, 1, 1]
     assert deal(iter([5.0, 5.0, 5.0]), 2) == [0, 1, 0]
@@ -65,6 +71,7 @@ def test_work_is_dealt_out_by_its_cost() -> None:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
+    pytest.importorskip("transformers")
     save_llama(tmp_path / "source", dtype=torch.float32, num_hidden_layers=4)
     (tmp_path / "text.txt").write_text(TEXT)
     return tmp_path / "source"
