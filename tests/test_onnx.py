@@ -238,8 +238,14 @@ def test_layers_compute_on_integers(dtype: str, source: Path, tmp_path: Path) ->
     assert notes == {"up_conv": ("computes on floats: onnxruntime has no integer ConvTranspose",)}
     quantize_onnx(source, IMAGES, QuantSpec(6), tmp_path / "w.onnx")
     found, expected = run(out), run(tmp_path / "w.onnx")
-    assert np.linalg.norm(found - expected) < 0.06 * np.linalg.norm(expected)
+    assert_close_in_8_bits(found, expected)
     assert np.abs(found - expected).max() > 0
+
+
+def assert_close_in_8_bits(found: np.ndarray, expected: np.ndarray) -> None:
+    """Outputs of a network with 8-bit activations and with floats, in the mean and at worst."""
+    assert np.linalg.norm(found - expected) < 0.06 * np.linalg.norm(expected)
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
 
 
 def small(nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray]) -> onnx.ModelProto:
@@ -608,7 +614,7 @@ def test_efficientnet_lite0(tmp_path: Path) -> None:
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
         else:
             assert same[decided].all()
-            assert np.linalg.norm(found - expected) < 0.06 * np.linalg.norm(expected)
+            assert_close_in_8_bits(found, expected)
             assert merged(out).count("QLinearConv") == 49
 
 

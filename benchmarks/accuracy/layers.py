@@ -12,9 +12,13 @@ itself, on the MSE grid; its error is tr((W - Q) H (W - Q)^T) / tr(W H W^T) with
 --regularize: instead, what to do with a Hessian of few rows, in activation order: damping
 H + d mean(diag H) I, which is the shrinkage (1 - r) H + r mean(diag H) I with r = d / (1 + d)
 (Ledoit & Wolf 2004) but for a factor, beside shrinkage to its own diagonal, (1 - r) H + r diag(H).
+
+--starts: instead, what more orders of the columns of a tile bring, and what they take: one, eight,
+and one for each row, on every eighth layer and up to 512 rows.
 """
 
 import argparse
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -28,9 +32,11 @@ from sapq_triton import QuantSpec, layer_error, solve
 from sapq_triton.calibrate import collect_hessians
 from sapq_triton.layers import weight_matrix
 from sapq_triton.regularize import DAMPS
+from sapq_triton.spec import Starts
 
 Hessians = dict[str, Tensor]
 SHARES = (0.003, 0.01, 0.03, 0.1, 0.3)
+ROWS = 512  # of a layer, in `starts`
 
 
 def minilm() -> tuple[nn.Module, Hessians, Hessians]:
@@ -82,24 +88,50 @@ def regularize(model: nn.Module, calibration: Hessians, held_out: Hessians, bits
     print(f"W{bits}, the best of both in each layer: {(both - base).mean().exp():.3f}", flush=True)
 
 
+def starts(model: nn.Module, calibration: Hessians, held_out: Hessians, bits: int) -> None:
+    """Geometric means over layers of held-out errors, and sums of seconds, over those of one."""
+    tried: tuple[Starts, ...] = (1, 8, "obq")
+    options = solver_options("SAPQ") | {"measure": False}
+    logs, seconds = torch.zeros(len(tried)), torch.zeros(len(tried))
+    chosen = [*calibration][::8]
+    for name in chosen:
+        weight = weight_matrix(model.get_submodule(name))[:, :ROWS]
+        for number, value in enumerate(tried):
+            began = time.perf_counter()
+            result = solve(
+                weight, calibration[name], QuantSpec(bits), **options | {"starts": value}
+            )
+            seconds[number] += time.perf_counter() - began
+            logs[number] += layer_error(weight, result.dequantize(), held_out[name]).sum().log()
+    means, times = ((logs - logs[0]) / len(chosen)).exp(), seconds / seconds[0]
+    each = (
+        f"{value}: {m:.3f} in {t:.1f} x the time"
+        for value, m, t in zip(tried, means, times, strict=True)
+    )
+    print(f"W{bits}, starts, {len(chosen)} layers: {', '.join(each)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=("minilm", "lite0"), required=True)
     parser.add_argument("--images", type=Path)
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--regularize", action="store_true")
+    parser.add_argument("--starts", action="store_true")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--each", action="store_true", help="print a line per layer")
     options = parser.parse_args()
     model, calibration, held_out = minilm() if options.model == "minilm" else lite0(options.images)
-    if options.regularize:
-        for bits in (4, 3, 2):
-            regularize(model, calibration, held_out, bits)
-        return
+    for wanted, compare in ((options.regularize, regularize), (options.starts, starts)):
+        if wanted:
+            for bits in options.bits:
+                compare(model, calibration, held_out, bits)
+            return
     grid = "symmetric" if options.symmetric else "asymmetric"
     print(f"{options.model}, {len(calibration)} layers, per channel, {grid} MSE grid\n")
     print("| bits | " + " | ".join(METHODS) + " | SAPQ / activation | SAPQ not worse on |")
     print("|---" * (len(METHODS) + 3) + "|")
-    for bits in (4, 3, 2):
+    for bits in options.bits:
         errors: dict[str, list[float]] = {method: [] for method in METHODS}
         for name, hessian in calibration.items():
             weight = weight_matrix(model.get_submodule(name))
