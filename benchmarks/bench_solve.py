@@ -82,6 +82,11 @@ def tolerance(rows: int, same_order: bool = True) -> float:
     return max(1e-3 if same_order else 3e-3, 0.5 / rows)
 
 
+def in_same_order(a: SolveResult, b: SolveResult) -> bool:
+    """Whether both were quantized in one order of columns."""
+    return a.columns is not None and b.columns is not None and torch.equal(a.columns, b.columns)
+
+
 def case(rows: int, columns: int, spec: QuantSpec, order: Order, device: torch.device) -> Case:
     weight, hessian = problem(rows, columns, device=device)
 

@@ -46,14 +46,13 @@ def pack(
         raise ValueError(f"{calibration} of {count} images cannot calibrate")
     folder.mkdir(parents=True, exist_ok=True)
     # half precision widened to float32, as YOLOv5n comes, halves again
-    np.savez_compressed(folder / f"{name}.npz", **{k: v.numpy() for k, v in state.items()})
+    arrays: dict[str, Any] = {key: value.numpy() for key, value in state.items()}
+    np.savez_compressed(folder / f"{name}.npz", **arrays)
     # neighbours are alike: their differences, modulo 256, compress far better
     images = images | {"pixels": np.diff(images["pixels"], axis=-1, prepend=np.uint8(0))}
     parts = Split.of(count, calibration, seed)._asdict()
-    np.savez_compressed(
-        folder / f"{name}-images.npz",
-        **{f"{part}.{key}": images[key][parts[part]] for part in parts for key in images},
-    )
+    arrays = {f"{part}.{key}": images[key][parts[part]] for part in parts for key in images}
+    np.savez_compressed(folder / f"{name}-images.npz", **arrays)
 
 
 def read(folder: Path, name: str) -> Carried | None:

@@ -198,11 +198,13 @@ def chain(lines: Sequence[str], memory: int) -> int:
     for line in lines:
         if line.endswith(":"):
             continue
-        guard, operation, operands = re.match(r"^(@!?U?P\d+ )?(\S+)\s*(.*)$", line).groups()
+        parsed = re.match(r"^(@!?U?P\d+ )?(\S+)\s*(.*)$", line)
+        assert parsed is not None, line
+        guard, operation, operands = parsed.groups()
         kind, latency = "", 4
-        for pattern, *found in LATENCIES:
+        for pattern, of_kind, cycles in LATENCIES:
             if re.match(pattern, operation):
-                kind, latency = found
+                kind, latency = of_kind, cycles
                 break
         first, _, rest = operands.partition(",")
         reads = registers((guard or "") + (operands if NOTHING.match(operation) else rest))

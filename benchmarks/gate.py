@@ -67,7 +67,7 @@ from benchmarks import (
 )
 from benchmarks.bench_accumulate_hessian import CONVOLUTIONS, DEPTHWISE, LINEAR, SMALL
 from benchmarks.bench_models import total_error
-from benchmarks.bench_solve import BLOCK, SWEEPS, error_ratio, textbook, tolerance
+from benchmarks.bench_solve import BLOCK, SWEEPS, error_ratio, in_same_order, textbook, tolerance
 from benchmarks.bench_solve_columns import TIE
 from benchmarks.carried import NETWORKS, end_to_end
 from benchmarks.carry import read
@@ -333,8 +333,12 @@ class Gate:
                     if not row["ok"]:
                         yield row
                         continue
+
+                def call(backend: Backend, run: Callable[..., SolveResult] = run) -> SolveResult:
+                    return run(backend=backend)
+
                 backends = self.backends if R * C <= REFERENCE_ELEMENTS else self.backends[:1]
-                yield row | self.in_turns(lambda backend, run=run: run(backend=backend), backends)
+                yield row | self.in_turns(call, backends)
 
     def hessian_times(self) -> Iterator[Result]:
         for layer, batch in self.sizes.hessians:
@@ -494,7 +498,9 @@ class Gate:
     def in_turns(
         self, call: Callable[[Backend], object], backends: Sequence[Backend] | None = None
     ) -> Result:
-        calls = {backend: partial(call, backend) for backend in backends or self.backends}
+        calls: dict[str, Callable[[], object]] = {
+            backend: partial(call, backend) for backend in backends or self.backends
+        }
         taken: Result = dict(interleaved(calls, self.device, budget=self.sizes.budget))
         if len(taken) > 1:
             taken["ratio"] = taken["reference"] / taken["triton"]
@@ -517,7 +523,7 @@ def compared(
     """What a precision does to codes and error; with the default one also against float64."""
     wider, unlike_allowed = PRECISIONS[precision]
     ratio = (actual.report.error / expected.report.error).item()
-    same_order = torch.equal(actual.columns, expected.columns)
+    same_order = in_same_order(actual, expected)
     unlike = differing(actual.codes, expected.codes)
     ok = abs(ratio - 1) <= wider * tolerance(len(weight), same_order)
     ok &= not same_order or unlike <= unlike_allowed

@@ -47,8 +47,8 @@ MODELS: dict[str, Callable[[], tuple[Layer, ...]]] = {
 }
 PAPER = "20–200"
 QUICK_COLUMNS, QUICK_GROUPS = 64, 32
-RELEASED = {"rows": 32, "columns": 1024, "steps": 24, "at_least": 20.0}
-QUICK_RELEASED = {"rows": 4, "columns": 128, "steps": 8, "at_least": 0.0}
+RELEASED: dict[str, Any] = {"rows": 32, "columns": 1024, "steps": 24, "at_least": 20.0}
+QUICK_RELEASED: dict[str, Any] = {"rows": 4, "columns": 128, "steps": 8, "at_least": 0.0}
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def against_released(rows: int, columns: int, steps: int, at_least: float) -> di
     setting = settings(device)(made)
     grid = (made.scale, made.zero_point, OBQ_SPEC.qmax)
     forms = {"released": as_released, "in place": in_place}
-    found = {}
+    found: dict[str, Any] = {}
 
     def literal(form: str) -> None:
         found[form] = literal_obq(made.weight, made.inverse[0], *grid, steps, forms[form])

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from sapq_triton import ops
 from sapq_triton.ops import Backend
+
+Key = TypeVar("Key")
 
 ROOT = Path(__file__).parents[1]
 MIN_ROUNDS, MAX_ROUNDS = 3, 100
@@ -81,13 +83,13 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[Key, Callable[[], object]],
     device: torch.device,
     *,
     budget: float = 1.0,
     least: int = MIN_ROUNDS,
     warm: bool = False,
-) -> dict[str, float]:
+) -> dict[Key, float]:
     """Median seconds of each call; they take turns, for about `budget` seconds in all.
 
     A warm-up round, not counted, compiles and allocates, unless they are `warm` already; a second
@@ -159,7 +161,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
     side = 8192 if gpu else 512
     factors = [torch.randn(side, side, device=device).to(d) for d in (torch.float, torch.bfloat16)]
     for matrix in factors:
-        calls[str(matrix.dtype).removeprefix("torch.")] = lambda m=matrix: m @ m
+        calls[str(matrix.dtype).removeprefix("torch.")] = partial(torch.matmul, matrix, matrix)
     best = interleaved(calls, device, budget=1.0 if gpu else 0.3)
     work = {"copy": 2 * size(source) * 1e-9}
     return {name: work.get(name, 2 * side**3 * 1e-12) / taken for name, taken in best.items()}

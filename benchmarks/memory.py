@@ -42,6 +42,10 @@ def make(folder: Path, blocks: int) -> None:
     save_tokenizer(folder)
 
 
+def run_body(model: Any, tokens: torch.Tensor) -> object:
+    return model.base_model(input_ids=tokens, use_cache=False)
+
+
 def run(way: str, source: Path, text: Path, out: Path, preset: Any) -> None:
     torch.set_num_threads(1)
     if way != "whole":
@@ -58,7 +62,7 @@ def run(way: str, source: Path, text: Path, out: Path, preset: Any) -> None:
     report = quantize(
         model, batches, QuantSpec(4, GROUP, True, scale_dtype="float16"), pack=True,
         preset=preset, skip=["lm_head"], progress=False,
-        forward=lambda model, batch: model.base_model(input_ids=batch, use_cache=False),
+        forward=run_body,
     )  # fmt: skip
     save(model, out, report=report)
 

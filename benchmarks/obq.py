@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -191,10 +191,11 @@ class Problem(NamedTuple):
             return exact_obq(w, a, s, z, backend)
         parts = zip(*(t.split(setting.rows) for t in (w, s, z)), strict=True)
         group = torch.zeros(1, len(a), dtype=torch.int64, device=w.device)
-        options = (group, SPEC.qmax, setting.block, "tf32x3", backend)
-        return torch.cat(
-            [solve_obq(w[None], a[None], s[None], z[None], *options)[0][0] for w, s, z in parts]
-        )
+        call = partial(
+            solve_obq, group=group, qmax=SPEC.qmax, block=setting.block, precision="tf32x3",
+            backend=backend,
+        )  # fmt: skip
+        return torch.cat([call(w[None], a[None], s[None], z[None])[0][0] for w, s, z in parts])
 
     def literal(self, rows: slice, steps: int, dtype: torch.dtype = torch.float32) -> Literal:
         w, s, z = (t[rows].to(dtype) for t in (self.weight, self.scale, self.zero_point))
@@ -318,7 +319,7 @@ def measure(
     most = min(N, LITERAL_ROWS[device.type])
     rows, steps = literal_size(C, 4, LITERAL_BYTES[device.type], most)
     codes: dict[str, Tensor] = {}
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "sapq": made.sapq,
         "inverse": lambda: shared_inverse(made.hessian),
         "obq": lambda: codes.update(obq=made.obq(picked, setting)),

@@ -70,10 +70,10 @@ class Problem:
         return self.spec.columns_per_group(self.weight.shape[1])
 
     def solve(self, order: Order) -> SolveResult:
-        grid = {"scale": self.scale, "zero_point": self.zero_point}
         return solve(
-            self.weight, self.hessian, self.spec, order=order, damp=DAMP, measure=False, **grid
-        )
+            self.weight, self.hessian, self.spec, order=order, damp=DAMP, measure=False,
+            scale=self.scale, zero_point=self.zero_point,
+        )  # fmt: skip
 
     def codes(self, out: Tensor) -> Tensor:
         """Of what a solver returned: codes uint8, or weights that must lie on the grid."""
@@ -168,7 +168,8 @@ def gptqmodel(device: torch.device) -> dict[str, Solver]:
 
     def call(made: Problem, order: Order, eager: bool) -> Tensor:
         os.environ["GPTQMODEL_DISABLE_GPTQ_CUDA"] = str(int(eager))
-        layer = nn.Linear(*made.weight.shape[::-1], bias=False, device="meta")
+        rows, columns = made.weight.shape
+        layer = nn.Linear(columns, rows, bias=False, device="meta")
         layer.weight = nn.Parameter(made.weight, requires_grad=False)
         config = QuantizeConfig(
             bits=BITS,

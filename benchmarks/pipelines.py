@@ -231,6 +231,10 @@ def run(
     return Row(name, of, solver, *perplexities(weights, texts), watch.seconds, seconds)
 
 
+def run_body(model: Any, tokens: Tensor) -> object:
+    return model.base_model(input_ids=tokens, use_cache=False)
+
+
 def run_alone(
     order: Order, folder: Path, bits: int, calibration: Tensor, texts: Sequence[Tensor]
 ) -> Row:
@@ -244,7 +248,7 @@ def run_alone(
         QuantSpec(bits, GROUP_SIZE, symmetric=True, scale_dtype="float16"),
         skip=["lm_head"],
         order=order,
-        forward=lambda model, batch: model.base_model(input_ids=batch, use_cache=False),
+        forward=run_body,
         progress=False,
     )
     seconds = time.perf_counter() - started
@@ -254,14 +258,15 @@ def run_alone(
     return Row("sapq_triton", version("sapq-triton"), order, *found, solver, seconds)
 
 
-def perplexities(weights: Weights, texts: Sequence[Tensor]) -> list[float]:
+def perplexities(weights: Weights, texts: Sequence[Tensor]) -> tuple[float, float]:
     """Of the original model with these weights, on WikiText-2 and topics."""
     model = load()
     if len(weights) != 7 * model.config.num_hidden_layers:
         raise AssertionError(f"{len(weights)} layers are quantized")
     for layer, weight in weights.items():
         model.get_submodule(layer).weight.data.copy_(weight)
-    return [perplexity(model, text) for text in texts]
+    wikitext, topics = (perplexity(model, text) for text in texts)
+    return wikitext, topics
 
 
 def worse(rows: Sequence[Row]) -> list[str]:

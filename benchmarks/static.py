@@ -395,7 +395,7 @@ def measure(kernel: str, variant: str, target: str, configuration: str, launch: 
     if "cubin" in binary.asm:
         usage = nvidia_tool("cuobjdump", "-res-usage", binary.asm["cubin"])
         registers, stack, local = (
-            int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
+            number(rf"\b{name}:(\d+)", usage) for name in ("REG", "STACK", "LOCAL")
         )
         spills = stack + local
         code = Code.nvidia(nvidia_tool("nvdisasm", "-c", binary.asm["cubin"]))
@@ -405,7 +405,8 @@ def measure(kernel: str, variant: str, target: str, configuration: str, launch: 
         spills = amd_metadata(listing, "private_segment_fixed_size")
         code = Code.amd(listing)
     warps = binary.metadata.num_warps
-    step, estimate = None, {}
+    step: float | None = None
+    estimate: dict[str, Any] = {}
     if "SUB" in launch.arguments:
         step, estimate = column_step(code, device, warps, launch.arguments)
     return Cost(
@@ -457,7 +458,14 @@ def nvidia_tool(tool: str, option: str, cubin: bytes) -> str:
 
 
 def amd_metadata(listing: str, name: str) -> int:
-    return int(re.search(rf"^\s+\.{name}:\s+(\d+)$", listing, re.MULTILINE)[1])
+    return number(rf"^\s+\.{name}:\s+(\d+)$", listing)
+
+
+def number(pattern: str, listing: str) -> int:
+    """The one that the pattern's group finds"""
+    found = re.search(pattern, listing, re.MULTILINE)
+    assert found is not None, pattern
+    return int(found[1])
 
 
 def launches(

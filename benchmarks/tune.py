@@ -193,7 +193,7 @@ def products(precision: str | None) -> Iterator[None]:
     """Within the block all kernels multiply float32 so; None: as the device does by default."""
     before = ops.dot_precision
     if precision is not None:
-        ops.dot_precision = lambda _: precision
+        ops.dot_precision = lambda _: precision  # type: ignore[assignment]
     try:
         yield
     finally:

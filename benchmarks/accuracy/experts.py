@@ -64,7 +64,8 @@ def problems(bits: int) -> Iterator[tuple[str, float, dict[str, float]]]:
                     rows = [x[s][routed[s] == expert] for s in (seen, new)]
                     if name == "down":
                         rows = [torch.nn.functional.gelu(r @ first.T + bias) for r in rows]
-                    mine.append(rows[0]), tested.append(rows[1])
+                    mine.append(rows[0])
+                    tested.append(rows[1])
                     weights.append(first if name == "up" else last)
                     made = torch.nn.functional.gelu(everyone @ first.T + bias)
                     pools.append(hessian(everyone if name == "up" else made))

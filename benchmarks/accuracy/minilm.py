@@ -19,7 +19,7 @@ from torch import Tensor, nn
 LENGTH, CALIBRATE, PROBE, EVALUATE = 256, 96, 32, 64
 
 
-def load() -> tuple[nn.Module, Tensor]:
+def load() -> tuple[Any, Tensor]:
     """The model, and sequences of tokens int64 [192, 256]"""
     from transformers import AutoModel, AutoTokenizer
 

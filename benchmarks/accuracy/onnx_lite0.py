@@ -29,9 +29,11 @@ from benchmarks.accuracy.lite0 import BATCH, read_images
 from benchmarks.measure import environment, interleaved, markdown
 from sapq_triton import QuantSpec, quantize
 from sapq_triton.formats.onnx import export_onnx, exported_graph
+from sapq_triton.formats.onnx_activations import ActivationDtype
 from sapq_triton.models.efficientnet_lite import load_efficientnet_lite0, preprocess
 
 CPU = torch.device("cpu")
+ACTIVATIONS: dict[str, ActivationDtype | None] = {"weight-only": None, "uint8 activations": "uint8"}
 HEADER = (
     "file", "size, of fp32", "latency, ms", "speed, of fp32", "integer operators", "BatchNorm left",
     "difference to PyTorch", "top-1 agreement, %", "top-1, %",
@@ -79,7 +81,7 @@ def write_files(
         model = load_efficientnet_lite0()
         quantize(model, batches, spec, pack=True, progress=False)
         expected = logits(model, images)
-        for name, activations in (("weight-only", None), ("uint8 activations", "uint8")):
+        for name, activations in ACTIVATIONS.items():
             path = folder / f"w{each}-{name}.onnx"
             notes = export_onnx(
                 model, batches[0][:2], path, batches=batches, activations=activations

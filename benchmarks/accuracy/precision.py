@@ -66,7 +66,7 @@ def solved(weight: Tensor, hessian: Tensor, spec: QuantSpec, product: Product) -
         return codes, error
 
     original = ops.solve_columns
-    ops.solve_columns = solve_columns
+    ops.solve_columns = solve_columns  # type: ignore[assignment]
     try:
         return solve(weight, hessian, spec, order="activation", measure=False).dequantize()
     finally:
@@ -78,7 +78,7 @@ def main() -> None:
     names = list(calibration)
     rows: list[list[object]] = []
     for bits in (4, 2):
-        results: dict[str, list[tuple[float, float]]] = {name: [] for name in PRODUCTS}
+        results: dict[Precision, list[tuple[float, float]]] = {name: [] for name in PRODUCTS}
         for name in names:
             weight = weight_matrix(model.get_submodule(name))
             exact = solved(weight, calibration[name], QuantSpec(bits), PRODUCTS["ieee"])

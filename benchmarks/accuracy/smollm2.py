@@ -89,7 +89,7 @@ def load_tokenizer() -> Any:
         return [bytes(field.parts[part]).decode() for part in field.data]
 
     vocabulary = {token: number for number, token in enumerate(strings("tokenizer.ggml.tokens"))}
-    merges = [tuple(merge.split(" ")) for merge in strings("tokenizer.ggml.merges")]
+    merges: list[Any] = [tuple(merge.split(" ")) for merge in strings("tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True),

@@ -62,7 +62,7 @@ class Subject(Protocol):
     def score(self, model: nn.Module, seed: int) -> dict[str, float]: ...
 
 
-SUBJECTS = {
+SUBJECTS: dict[str, Any] = {
     "lite0": lite0.Study,
     "yolov5n": yolov5n.Study,
     "smollm2": smollm2.Study,
@@ -191,15 +191,15 @@ class Results:
     """Cells by name, in a file that an interruption leaves whole."""
 
     def __init__(self, path: Path, setup: dict[str, Any]) -> None:
-        self.path, self.cells = path, {}
-        self.setup = setup
+        self.path, self.setup = path, setup
+        self.cells: dict[str, dict[str, Any]] = {}
         if path.exists():
             stored = json.loads(path.read_text())
             if stored["setup"] != setup:
                 raise SystemExit(
                     f"{path} holds {stored['setup']}, this is {setup}: name another --json"
                 )
-            self.cells: dict[str, dict[str, Any]] = stored["cells"]
+            self.cells = stored["cells"]
 
     def add(self, cell: Cell, values: dict[str, Any]) -> None:
         self.cells[str(cell)] = values
