@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import layers, packed
-from .calibrate import Action, BatchMoments, ChannelMoments, Lockstep, Place, Replay
+from .calibrate import Action, ChannelMoments, Lockstep, Place, Replay
 from .corrections import BatchNormRule, Corrections
 from .finite import check_finite, check_parts
+from .first_pass import Observer, merge_visits
 from .forward import Forward, feed, to_device, undisturbed
 from .hessian import HessianSum, Prior, is_paired
 from .layers import Layer
@@ -39,8 +40,6 @@ from .solving import DAMP, Solving
 from .spec import Order, QuantSpec, Starts
 from .targets import (
     Call,
-    InputTracker,
-    Observed,
     Station,
     Target,
     VersionedRef,
@@ -297,10 +296,6 @@ class _Run:
         self.sequence: list[Station] = []  # order of execution
         self.repeats: dict[Station, int] = {}  # most visits in one forward pass
         self.outputs: dict[str, int] = {}  # layer -> numbers that it put out, in all batches
-        # of the batch that the first pass runs; the last layer there and its output: an activation
-        # in place leaves the same tensor, changed
-        self._seen, self._inputs = Observed({}, {}, {}, {}), InputTracker()
-        self._latest: tuple[str, VersionedRef | None] = ("", None)
         # of the batch that this thread runs: its mask, and what each layer got, by name
         self._pass = threading.local()
         self._original: dict[tuple[int, str], Tensor] = {}  # full-precision inputs, by batch, layer
@@ -308,29 +303,23 @@ class _Run:
 
     def observe(self) -> None:
         """First pass, of the untouched model: order of execution, repeats, shared inputs, means."""
-        hooks = []
-        for name in (twin for target in self.targets.values() for twin in target.twins):
-            module = self.modules[name]
-            hooks += [
-                module.register_forward_pre_hook(partial(self._saw_input, name), with_kwargs=True),
-                module.register_forward_hook(partial(self._saw_layer, name)),
-            ]
-        hooks += [
-            module.register_forward_pre_hook(partial(self._saw_norm, name), with_kwargs=True)
-            for name, module in self.corrections.norms.items()
-        ]
-        found: dict[int, Observed] = {}
-        with _removed(hooks):
+        twins = [twin for target in self.targets.values() for twin in target.twins]
+        observer = Observer(
+            {twin: self.modules[twin] for twin in twins},
+            self.corrections.norms,
+            mask=lambda: self._pass.mask,
+        )
+        with _removed(observer.hooks):
             for number in self.own:
-                self._inputs, self._latest = InputTracker(), ("", None)
-                self._seen = found[number] = Observed({}, self._inputs.numbers, {}, {})
+                observer.begin(number)
                 self._run_batch(self.batches[number], number)
-        everywhere = {n: seen for part in self.ranks.gather(found) for n, seen in part.items()}
+        self.outputs = observer.outputs
+        everywhere = {
+            n: seen for part in self.ranks.gather(observer.found) for n, seen in part.items()
+        }
         batches = [everywhere[number] for number in sorted(everywhere)]
+        self.sequence, self.repeats = merge_visits(batch.visits for batch in batches)
         for number, batch in enumerate(batches):
-            self._merge_sequence(batch.visits)
-            for station, count in batch.visits.items():
-                self.repeats[station] = max(count, self.repeats.get(station, 0))
             self.corrections.follower |= batch.follower
             for (what, name), count in batch.visits.items():
                 if what == "norm":
@@ -357,46 +346,6 @@ class _Run:
             for name in set().union(*self.ranks.gather(probe.unfit)):
                 del found[name]
         return found
-
-    def _merge_sequence(self, visits: dict[Station, int]) -> None:
-        """Stations that no batch before this one visited go behind the one visited just before."""
-        place = 0
-        for station in visits:
-            if station in self.repeats:
-                place = self.sequence.index(station)
-            else:
-                self.sequence.insert(place, station)
-            place += 1
-
-    def _visit(self, station: Station) -> None:
-        self._seen.visits[station] = self._seen.visits.get(station, 0) + 1
-
-    def _saw_input(self, name: str, module: Layer, args: Any, kwargs: Any) -> None:
-        value = layers.called_with(name, args, kwargs)
-        self._check_values(name, module, value, "input")
-        self._inputs.add(name, value)
-
-    def _saw_layer(self, name: str, module: Layer, args: Any, output: object) -> None:
-        self._visit(("solve", name))
-        if isinstance(output, Tensor):  # a subclass may return anything
-            self._check_values(name, module, output, "output")
-            self._latest = (name, VersionedRef(output))
-            self.outputs[name] = self.outputs.get(name, 0) + output.numel()
-
-    def _check_values(self, name: str, module: Layer, values: Tensor, which: str) -> None:
-        """Of the rows that count: padding tokens may hold anything."""
-        rows = layers.counted(module, values, self._pass.mask)
-        check_finite(rows, f"the {which} of {name!r}", f" during calibration, in {values.dtype}")
-
-    def _saw_norm(self, name: str, module: Layer, args: Any, kwargs: Any) -> None:
-        station: Station = ("norm", name)
-        self._visit(station)
-        inputs = layers.called_with(name, args, kwargs)
-        layer, output = self._latest
-        if output is not None and output.matches(inputs):
-            self._seen.follower[layer] = name
-        if inputs.numel() > 0:
-            self._seen.moments.setdefault(station, []).append(BatchMoments.of(inputs))
 
     def costs(self) -> dict[str, float]:
         """What each layer takes, in proportion; a Hessian where it is its own."""

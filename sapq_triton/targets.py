@@ -13,7 +13,6 @@ from torch.nn.utils import parametrize
 
 from . import layers
 from .baseline import Baseline
-from .calibrate import BatchMoments
 from .experts import is_fused
 from .finite import check_parts
 from .hessian import HessianSum, Prior
@@ -178,20 +177,6 @@ def find_unheld(model: nn.Module) -> dict[str, str]:
                     reason += "; sapq_triton.experts.unfuse makes layers of it"
                 unheld[f"{name}.{own}".lstrip(".")] = reason
     return unheld
-
-
-class Observed(NamedTuple):
-    """What was seen of a batch in the untouched model.
-
-    visits: how often it came to each station, in the order of the first time. inputs: the numbers
-    of an InputTracker. follower: name of a layer -> of the BatchNorm that its output goes straight
-    into. moments: of what went into each BatchNorm.
-    """
-
-    visits: dict[Station, int]
-    inputs: dict[str, list[int]]
-    follower: dict[str, str]
-    moments: dict[Station, list[BatchMoments]]
 
 
 class VersionedRef:
