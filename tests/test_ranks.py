@@ -31,7 +31,9 @@ def ranked(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "tests/ranked.py", *map(str, arguments)], cwd=ROOT, text=True,
         capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        # whether there is a GPU is asked before processes are forked: without starting CUDA
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+             "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
     )  # fmt: skip
 
 
