@@ -13,7 +13,7 @@ def stations(*names: str) -> dict[Station, int]:
 
 
 def test_new_stations_go_behind_the_one_before_them() -> None:
-    batches = [stations("a", "d"), stations("a", "b", "c", "d", "b"), stations("e", "c")]
+    batches = [stations("a", "d"), stations("a", "b", "c", "d", "b"), stations("e", "b", "c")]
     sequence, repeats = merge_visits(batches)
     assert [name for _, name in sequence] == ["e", "a", "b", "c", "d"]
     assert repeats == {("solve", n): 2 if n == "b" else 1 for n in "abcde"}
@@ -37,6 +37,18 @@ def test_observer() -> None:
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
+def test_a_norm_follows_what_nothing_has_changed() -> None:
+    for between, follower in ((nn.Identity(), {"0": "2"}), (nn.ReLU(inplace=True), {})):
+        model = nn.Sequential(nn.Linear(3, 4), between, nn.BatchNorm1d(4)).eval()
+        observer = Observer({"0": model[0]}, {"2": model[2]}, mask=lambda: None)
+        observer.begin(0)
+        model(torch.randn(5, 3))
+        model(torch.randn(0, 3))  # tells nothing of moments
+        assert observer.found[0].follower == follower
+        assert observer.found[0].visits == {("solve", "0"): 2, ("norm", "2"): 2}
+        assert [m.number for m in observer.found[0].moments[("norm", "2")]] == [5]
+
+
 def test_values_that_are_not_finite_are_named_where_they_count() -> None:
     layer, mask = nn.Linear(3, 2), torch.tensor([[True, False]])
     x = torch.randn(1, 2, 3)
@@ -48,3 +60,12 @@ def test_values_that_are_not_finite_are_named_where_they_count() -> None:
     kept[0] = None
     with pytest.raises(ValueError, match="the input of 'layer'"):
         layer(x)
+
+
+def test_an_output_that_is_not_finite_is_named() -> None:
+    layer = nn.Linear(3, 2)
+    nn.init.ones_(layer.weight)
+    observer = Observer({"layer": layer}, {}, mask=lambda: None)
+    observer.begin(0)
+    with pytest.raises(ValueError, match=r"the output of 'layer' .* in torch\.float32"):
+        layer(torch.full((1, 3), 3e38))
