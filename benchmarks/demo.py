@@ -32,7 +32,11 @@ OBQ_BUDGET = 6e10  # rows * columns^3: a few seconds of exact OBQ
 
 
 def crops(names: tuple[str, ...], each: int, seed: int) -> list[Tensor]:
-    """Batches [BATCH, 3, SIDE, SIDE] of random crops and flips, `each` of every photograph."""
+    """Batches [BATCH, 3, SIDE, SIDE] of random crops and flips, `each` of every photograph.
+
+    Photograph after photograph: `quantize` holds batches out to choose on, and another crop of a
+    photograph that it has seen tells little of others.
+    """
     import skimage.data
 
     random = np.random.default_rng(seed)
@@ -46,8 +50,7 @@ def crops(names: tuple[str, ...], each: int, seed: int) -> list[Tensor]:
             box = (left, top, left + side, top + side)
             crop = np.asarray(photo.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box))
             images.append(crop[:, ::-1].copy() if random.random() < 0.5 else crop)
-    order = random.permutation(len(images))  # every batch holds all photographs
-    pixels = torch.from_numpy(np.stack([images[i] for i in order])).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return list(preprocess(pixels).split(BATCH))
 
 

@@ -97,7 +97,8 @@ def quantize(
     order, block, starts, sweeps, candidates, rounds, damp, precision, backend: as in `solve`. A
         damp of None is chosen for each layer in "best", from .01 to 1: by the error on every fourth
         batch, from the second on, of a solve on the others (`regularize.choose`); then all batches
-        count. Where there is one batch it is .01.
+        count. Where there is one batch it is .01. Crops of one image, or parts of one text, belong
+        into one batch: what is held out should not resemble the rest more than new data does.
     batchnorm: "paired" changes the statistics of each BatchNorm as much as quantization changed
         its input on the calibration data, so that its output there has the mean and variance that
         it had: with s = sqrt(var_q / var_fp), running_mean = mean_q + s (running_mean - mean_fp)
