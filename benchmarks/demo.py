@@ -156,7 +156,7 @@ def main() -> None:
     options = parser.parse_args()
     started = time.perf_counter()
     model = load_efficientnet_lite0()
-    calibration, evaluation = crops(CALIBRATION, 16, seed=0), crops(EVALUATION, 48, seed=1)
+    calibration, evaluation = crops(CALIBRATION, BATCH, seed=0), crops(EVALUATION, 48, seed=1)
     hessians = collect_hessians(model, evaluation)
     errors = {
         bits: compare_methods(bits, model, calibration, evaluation, hessians) for bits in (4, 3)

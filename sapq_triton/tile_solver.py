@@ -8,7 +8,7 @@ of each row: to find the least is a closest vector problem, of which error feedb
 plane) and coordinate descent find an approximation that depends on the order of the columns. So
 several orders are tried. On five layers of all-MiniLM-L6-v2 eight lower the held-out error by 5 %
 at 4 and at 2 bits, sixteen by 6 and 5 %; an order for each row, that of OBQ (`greedy`), lowers it
-by 4 and 6 %, and takes 130 times as long as one order on a CPU, where eight take 3 times.
+by 4 and 6 %, and takes 130 times as long as one order on a CPU, where eight take 3.5 times.
 """
 
 from typing import NamedTuple
