@@ -148,7 +148,7 @@ def folder(processes: int, source: Path, text: Path, out: Path, dying: int) -> N
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "models":
-        models(int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5:])
+        models(int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5:] or [*ALL])
     else:
         from transformers.utils import logging
 
