@@ -30,16 +30,17 @@ def _errors(name: str, loss: str, cells: Cells, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    methods = sorted({key.split(" | ")[3] for key in cells})
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     for axis, kind in zip(axes, ("local error", "total error"), strict=True):
-        for number, method in enumerate(sorted({key.split(" | ")[3] for key in cells})):
+        for number, method in enumerate(methods):
             chosen = [cell for key, cell in cells.items() if key.split(" | ")[3] == method]
             axis.scatter(
                 [cell[kind] for cell in chosen],
                 [cell[loss] for cell in chosen],
                 label=method,
                 marker="o" if _aims(method) else "x",
-                color=pyplot.get_cmap("tab20")(number % 20),
+                color=pyplot.get_cmap("turbo")(number / len(methods)),
                 s=26,
             )
         axis.set(xscale="log", yscale="log", xlabel=f"{kind}, mean over layers, held-out data")
