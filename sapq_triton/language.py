@@ -90,24 +90,9 @@ def quantize_folder(
     spec = QuantSpec(bits, group_size, symmetric, scale_dtype="float16")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
-    if not (source / CONFIG).is_file():
-        raise ValueError(f"{source} is not a model folder: it has no {CONFIG}")
-    if "quantization_config" in read_json(source / CONFIG):
-        raise ValueError(f"{source} is quantized already")
-    refuse_foreign(target.resolve())
-    Tensors.of(source)  # what is damaged is named here
-    text, skip = read_text(Path(calibration)), list(skip)
-
-    transformers = optional("transformers")
-    local: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **local)
-    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    sequences = draw_sequences(tokens, samples, sequence_length, seed, str(calibration))
-    # as it is stored: its tensors then stay in the files until somebody reads them
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        source, dtype="auto", use_safetensors=True, **local
-    ).eval()
-    _check_tokens(model, sequences)
+    _check_folders(source, target)
+    skip = list(skip)
+    model, sequences = _load(source, Path(calibration), samples, sequence_length, seed)
     if format == "sapq":
         unfuse(model)
     own = model.dtype if dtype == "auto" else getattr(torch, dtype)
@@ -160,6 +145,33 @@ def quantize_folder(
             parts = [job.part(number) for number in range(len(reports))]
             join(parts, target, format, content, companions, report)
     return report
+
+
+def _check_folders(source: Path, target: Path) -> None:
+    if not (source / CONFIG).is_file():
+        raise ValueError(f"{source} is not a model folder: it has no {CONFIG}")
+    if "quantization_config" in read_json(source / CONFIG):
+        raise ValueError(f"{source} is quantized already")
+    refuse_foreign(target.resolve())
+    Tensors.of(source)  # what is damaged is named here
+
+
+def _load(
+    source: Path, calibration: Path, samples: int, length: int, seed: int
+) -> tuple[Any, Tensor]:
+    """The model, as it is stored: its tensors stay in the files until somebody reads them; and
+    sequences of the text, int64 [samples, length]"""
+    text = read_text(calibration)
+    transformers = optional("transformers")
+    local: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **local)
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    sequences = draw_sequences(tokens, samples, length, seed, str(calibration))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, dtype="auto", use_safetensors=True, **local
+    ).eval()
+    _check_tokens(model, sequences)
+    return model, sequences
 
 
 def _begin(
