@@ -69,7 +69,7 @@ def error_curves(
         each output channel is corrected, as `quantize` does where the layer has a bias or a
         BatchNorm follows.
     forward: called as forward(model, batch), and its result is what `loss` compares.
-    options: of `solve`, such as order, damp, or sweeps.
+    options: of `solve`, such as order, damp, or sweeps, but `window`, which is that of each layer.
 
     In memory at once: the Hessians of all layers, and the codes of all layers at all widths. Layers
     that no batch of either part reaches have no curve, but a reason in `skipped`. ValueError for
@@ -82,7 +82,8 @@ def error_curves(
     fit, test = _split(batches, held_out)
     options = {**options, "measure": False}
     # a problem of one weight: the solver says what it thinks of its options before the model runs
-    solve(torch.ones(1, 1), torch.ones(1, 1), QuantSpec(), **{**options, "backend": "reference"})
+    one, sparse = torch.ones(1, 1), QuantSpec(sparsity=0.5 if spec.sparsity else None)
+    solve(one, one, sparse, **{**options, "backend": "reference"})
     targets, skipped = find_targets(model, spec, list(skip), {})
     device = next(model.parameters()).device
 
@@ -261,6 +262,7 @@ def _rounded(
 ) -> Rounded:
     """A layer, solved at each width."""
     weight, (hessian, _) = layers.weight_matrix(target.module), total.take()
+    options = {**options, "window": layers.window_size(target.module)}
     results = [
         solve(weight, hessian, replace(target.spec, bits=width), **options) for width in widths
     ]

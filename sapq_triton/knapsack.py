@@ -9,6 +9,7 @@ With many items that leaves a few states around the optimum of the linear relaxa
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from numbers import Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,8 +63,8 @@ def whole_bits(mean_bits: float, weights: int) -> int:
     """The bits that so many weights may take at a mean, which is read as the decimal it prints as:
     4.35 for 100 weights is 435, though the float lies below. ValueError for what is no such mean.
     """
-    number = isinstance(mean_bits, int | float) and not isinstance(mean_bits, bool)
-    if not number or not 0 < mean_bits < math.inf:
+    number = isinstance(mean_bits, Real) and not isinstance(mean_bits, bool)
+    if not number or not 0 < float(mean_bits) < math.inf:
         raise ValueError(f"mean_bits must be a positive number, got {mean_bits!r}")
     return math.floor(Fraction(str(mean_bits)) * weights)
 

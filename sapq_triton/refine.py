@@ -89,6 +89,24 @@ def refit_scales(
     weight [B, R, C], hessian [B, C, C]  ->  [B, R, G]; a row whose system has no positive solution
     keeps its scales.
     """
+    rows, columns, groups = weight.shape[1], weight.shape[2], scale.shape[2]
+    # G x G numbers a row, twice while they are solved: of no more rows than make up the weight
+    step = max(1, rows * columns // (2 * groups**2))
+    parts = [slice(start, start + step) for start in range(0, rows, step)]
+    return torch.cat([
+        _refit(weight[:, part], hessian, codes[:, part], scale[:, part], zero_point[:, part], qmax)
+        for part in parts
+    ], 1)  # fmt: skip
+
+
+def _refit(
+    weight: Tensor,
+    hessian: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmax: int | Codebook,
+) -> Tensor:
     B, R, C = weight.shape
     G = scale.shape[2]
     z = dequantize(codes, torch.ones_like(scale), zero_point, qmax).to(weight)

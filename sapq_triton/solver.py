@@ -122,7 +122,7 @@ def solve(
     where the Hessian is not contiguous; inverses on a GPU hold 2 while they are made. For C =
     53,248 each is 11.3 GB, as is the Hessian. m: about 1.25 candidates in order "sensitivity",
     beside tiles, of which several starts hold five more, and 2.5 candidates in static orders;
-    later, in `rounds`, 7.
+    later, in `rounds`, 7, or 9 in groups of fewer than 16 columns.
     Where memory runs out, what is done row by row is done for half of the rows at a time, and so
     on: in tests on a CPU to the same bits, on a GPU but for the products of PyTorch, which may sum
     otherwise for fewer rows. Of m that leaves 1.25 candidates in order "sensitivity", and .25
@@ -143,7 +143,7 @@ def solve(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             other = ", or 'obq'" if name == "starts" else ""
             raise ValueError(f"{name} must be an integer of at least {least}{other}, got {value!r}")
-    if starts == "obq" and sparsity is not None:
+    if starts == "obq" and order == "sensitivity" and sparsity is not None:
         raise ValueError("starts 'obq' does not prune, as the sparsity of the spec asks for")
     if candidates > MAX_CANDIDATES:
         raise ValueError(f"candidates must be at most {MAX_CANDIDATES}, got {candidates}")

@@ -76,6 +76,7 @@ def solve_tile(
     """Error feedback over the columns, then coordinate descent, from each start; for some rows.
 
     greedy: A_TT [B, T, T], to begin with the codes of OBQ in place of error feedback; else None.
+    The errors of a problem whose inverses it loses to rounding are NaN.
     A row keeps the codes that cost it least, |(w - q) root|^2, the first of equals. The zeros of a
     sparsity are those that the first start chooses.
 
@@ -91,7 +92,7 @@ def solve_tile(
         zeros = None if pruned is None else _in_order(pruned, order)
         feedback, back = _by_diagonal(root), None if order is None else order.argsort()
         if greedy is not None:
-            code, _ = solve_obq(w, greedy, *grid, weight.shape[2], *how)
+            code, solved = solve_obq(w, greedy, *grid, weight.shape[2], *how)
             s, z = (reference.per_column(each, grid[2]) for each in scales)
             error = w - reference.to_value(code.to(w), s, z, qmax)
         elif sparsity is not None and pruned is None:
@@ -107,6 +108,8 @@ def solve_tile(
             # the same loop again; the columns ahead stand where the last pass put them
             ahead = w.mT.baddbmm(curvature.tril(-1).mT, error.mT).mT
             code, error = ops.solve_columns(w, ahead, curvature, *grid, *how, zeros)
+        if greedy is not None:
+            error = error.masked_fill(~solved[:, None, None], torch.nan)
         found: tuple[Tensor, ...] = _in_order(code, back), _in_order(error, back)
         if len(starts) == 1:
             return found[0], found[1]

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -85,6 +86,16 @@ def test_table_against_all_combinations() -> None:
         assert (found.error, found.cost) == best(table, budget)
         assert found.specs["grouped"].bits == 3
         assert found.cost <= found.budget == budget
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    table = {2: 0.25, 4: 0.5, 8: 1.0}
+    measured = {width: np.float32(value) for width, value in table.items()}
+    exact = allocate(CURVES, cost=each(table), budget=2)
+    assert allocate(CURVES, cost=each(measured), budget=np.int64(2)) == exact
+    assert allocate(CURVES, mean_bits=np.int64(4)).specs == allocate(CURVES, mean_bits=4).specs
+    assert allocate(CURVES, mean_bits=np.float32(3.3)) == allocate(CURVES, mean_bits=3.3)
+    assert allocate(CURVES, bytes=np.float32(300)) == allocate(CURVES, bytes=300)
 
 
 def test_equal_errors_take_the_cheapest() -> None:

@@ -99,6 +99,26 @@ def test_layers_are_solved_on_one_part_and_measured_on_the_other(options: Any) -
         assert curve.shape == tuple(weight.shape)
 
 
+def test_pruned_convolutions_keep_the_pattern_that_quantize_makes() -> None:
+    """Groups of an N:M pattern are channels at one position, not neighbours in the window."""
+    model = nn.Sequential(nn.Conv2d(8, 6, 3)).eval()
+    batches = [torch.randn(4, 8, 6, 6) for _ in range(2)]
+    spec = QuantSpec(4, sparsity="2:4")
+    found = error_curves(model, batches, spec, bits=[4], score="relative").layers["0"]
+    fit, test = (collect_hessians(model, [batch])["0"] for batch in batches)
+    weight = weight_matrix(model[0])
+    result = solve(weight, fit, spec, window=9)
+    energy = layer_error(weight, torch.zeros_like(weight), test).sum()
+    close(
+        found.errors["relative"],
+        [float(layer_error(weight, result.dequantize(), test).sum() / energy)],
+    )
+    refuses = copy.deepcopy(model).double()  # what comes later would name its dtype
+    for order in ({"order": "obq"}, {"starts": "obq"}):
+        with pytest.raises(ValueError, match="does not prune"):
+            error_curves(refuses, batches, spec, **order)
+
+
 def test_batches_that_are_held_out_by_hand() -> None:
     model, (a, b, c) = cnn().eval(), images(3)
     scores = ("relative", "fisher", "measured", "trace")

@@ -97,6 +97,15 @@ def test_bad_row_bits(options: dict[str, Any], message: str) -> None:
         solve_row_bits(*problem(3, 8), SPEC, **options)
 
 
+def test_rows_of_several_solves_keep_a_pattern_and_no_share() -> None:
+    weight, hessian = problem(6, 16)
+    found = solve_row_bits(weight, hessian, replace(SPEC, sparsity="2:4"), mean_bits=4)
+    assert len(set(found.bits.tolist())) > 1
+    assert ((found.dequantize() == 0).unflatten(1, (-1, 4)).sum(2) >= 2).all()
+    with pytest.raises(ValueError, match=r"sparsity 0\.5 is a share of the whole matrix"):
+        solve_row_bits(weight, hessian, replace(SPEC, sparsity=0.5), mean_bits=4)
+
+
 # --- columns --------------------------------------------------------------------------------------
 
 
@@ -230,6 +239,22 @@ def test_dead_columns_and_a_singular_hessian() -> None:
 def test_bad_float_columns(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         solve_float_columns(*problem(3, 8), SPEC, **options)
+
+
+@pytest.mark.parametrize("sparsity", ["2:4", 0.5])
+def test_kept_columns_have_no_part_in_a_sparsity(sparsity: Any) -> None:
+    with pytest.raises(ValueError, match=f"sparsity must be None .*, got {sparsity}"):
+        solve_float_columns(*problem(3, 8), replace(SPEC, sparsity=sparsity), count=1)
+
+
+def test_kept_columns_beside_a_given_grid() -> None:
+    weight, hessian = problem(3, 12)
+    grid = dict(scale=torch.full((3, 1), 0.3), zero_point=torch.full((3, 1), 7.0), window=3)
+    found = solve_float_columns(weight, hessian, SPEC, count=2, **grid)
+    assert (found.scale == 0.3).all() and (found.zero_point == 7).all()
+    torch.testing.assert_close(found.report.error, layer_error(weight, found.dequantize(), hessian))
+    with pytest.raises(ValueError, match="window must be a divisor of 12 columns, got 5"):
+        solve_float_columns(weight, hessian, SPEC, count=2, window=5)
 
 
 def test_kept_weight_beyond_its_dtype() -> None:

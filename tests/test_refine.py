@@ -131,6 +131,34 @@ def test_refit_leaves_a_group_of_zeros_and_refuses_negative_scales(
     assert (scale > 0).all()
 
 
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_many_groups_are_refitted_few_rows_at_a_time(
+    width: int, solved: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their systems, G x G for each row, never take more memory than the weight; C = 24, R = 5."""
+    groups, held = C // width, []
+    scale, zero_point = (
+        t.repeat_interleave(groups // G, -1) for t in (solved["scale"], solved["zero_point"])
+    )
+    each = [solved["weight"], solved["codes"], scale, zero_point]
+
+    def refit(w: Tensor, codes: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        return refit_scales(w, solved["hessian"], codes, s, z, QMAX)
+
+    solve_ex = torch.linalg.solve_ex
+
+    def watched(normal: Tensor, target: Tensor) -> Any:
+        held.append(normal.numel())
+        return solve_ex(normal, target)
+
+    monkeypatch.setattr("torch.linalg.solve_ex", watched)
+    whole = refit(*each)
+    assert max(held) <= max(B * R * C / 2, B * groups**2)
+    assert len(held) > 1
+    rows = [refit(*(t[:, r : r + 1] for t in each)) for r in range(R)]
+    torch.testing.assert_close(whole, torch.cat(rows, 1), rtol=1e-9, atol=1e-12)
+
+
 def refined(problem: dict[str, Tensor], rounds: int, snap: Any) -> tuple[Tensor, Tensor]:
     p = {k: t.float() if t.is_floating_point() else t for k, t in problem.items()}
     steps = curvature(p["hessian"], p["columns"])

@@ -146,6 +146,23 @@ def test_an_order_for_each_row_in_several_tiles_and_problems() -> None:
         assert layer_error(w, alone.dequantize(), h) < 0.7 * rounded
 
 
+@pytest.mark.parametrize("sweeps", [0, 2])
+def test_inverses_of_rows_that_are_lost_to_rounding_are_damped(sweeps: int) -> None:
+    """The inverse of the whole tile is positive definite, those of rows do not stay so."""
+    torch.manual_seed(5)  # one of those in which it happens
+    x = torch.randn(24, 48) @ torch.diag(torch.logspace(0, -3, 48))
+    weight, hessian = torch.randn(8, 48), 2 / 24 * x.T @ x
+    options: dict[str, Any] = dict(damp=1e-8, sweeps=sweeps)
+    plain = solve(weight, hessian, QuantSpec(3), **options)
+    report = solve(weight, hessian, QuantSpec(3), starts="obq", **options).report
+    assert plain.report.damp == 1e-8  # a single order has no such trouble
+    assert report.damp > 1e-8 and not report.fallback
+    nearest = solve(weight, hessian, QuantSpec(3), order="nearest").report
+    assert report.relative_error < 0.9 * nearest.relative_error
+    with_obq = solve(weight, hessian, QuantSpec(3), order="obq", **options).report
+    assert with_obq.damp == report.damp
+
+
 @pytest.mark.parametrize("starts", [3, "obq"])
 @pytest.mark.parametrize("codebook", ["int", "nf4"])
 def test_triton_gives_the_same_codes(starts: Any, codebook: Any, device: torch.device) -> None:
