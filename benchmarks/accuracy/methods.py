@@ -17,6 +17,8 @@ METHODS: dict[str, Options] = {
 GRIDS: dict[str, Options] = {
     "asymmetric": {},
     "symmetric": dict(symmetric=True),
+    "absmax scales": dict(scale_search="absmax"),
+    "scales by the Hessian": dict(scale_search="hessian"),
     "uint8 scales": dict(symmetric=True, scale_dtype="uint8"),
     "power-of-two scales": dict(symmetric=True, scale_dtype="power-of-two"),
     "nf4": dict(symmetric=True, codebook="nf4"),
@@ -60,10 +62,15 @@ PARTS: dict[str, Options] = {
 }
 
 
+def all_options(method: str) -> Options:
+    """Those of `quantize` in a method of METHODS or PARTS, with what its preset says"""
+    given = dict((METHODS | PARTS)[method])
+    return choose(given.pop("preset", "best"), **given)
+
+
 def solver_options(method: str) -> Options:
     """Those of `sapq_triton.solve` in one of METHODS"""
-    given = dict(METHODS[method])
-    options = choose(given.pop("preset", "best"), **given)
+    options = all_options(method)
     del options["drift_correction"]
     options["damp"] = options["damp"] or 0.01  # there is nothing to choose it on
     return options

@@ -6,8 +6,9 @@
     python -m benchmarks.accuracy.study minilm
 
 A cell is one quantized model: bits, columns per group, grid, method, seed of the calibration data.
-It is written to --json as soon as it is measured and never measured again, so that the command goes
-on where it was stopped; --minutes stops it. Calibration and evaluation data are disjoint.
+It is written to --json as soon as it is measured and not measured again unless the options of its
+method have changed, so that the command goes on where it was stopped; --minutes stops it, after the
+cell it is at. Calibration and evaluation data are disjoint.
 
 Layer errors, mean over layers, on data that neither calibrates nor is evaluated, energy |W x|^2:
 local   |Q x - W x|^2 on the inputs x of the full-precision model: what rounding this layer costs
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.accuracy import lite0, minilm, smollm2, yolov5n
-from benchmarks.accuracy.methods import GRIDS, METHODS, PARTS, Options
+from benchmarks.accuracy.methods import GRIDS, METHODS, PARTS, Options, all_options
 from benchmarks.measure import environment, markdown
 from sapq_triton import QuantSpec, quantize
 from sapq_triton.layers import called_with, find_layers, kind
@@ -70,6 +71,10 @@ SUBJECTS: dict[str, Any] = {
 }
 
 
+Row = tuple[int, int, str, str]  # bits, group, grid, method
+NOT_METRICS = ("layers", "notes", "environment", "options")
+
+
 @dataclass(frozen=True)
 class Cell:
     bits: int
@@ -82,7 +87,7 @@ class Cell:
         return f"W{self.bits} | {self.group_size} | {self.grid} | {self.method} | seed {self.seed}"
 
     @property
-    def row(self) -> tuple[int, int, str, str]:
+    def row(self) -> Row:
         return self.bits, self.group_size, self.grid, self.method
 
 
@@ -201,42 +206,70 @@ class Results:
                 )
             self.cells = stored["cells"]
 
+    def of(self, cell: Cell) -> dict[str, Any] | None:
+        """What was measured with the options that its method has today"""
+        values = self.cells.get(str(cell))
+        return values if values and values.get("options") == all_options(cell.method) else None
+
     def add(self, cell: Cell, values: dict[str, Any]) -> None:
-        self.cells[str(cell)] = values
+        self.cells[str(cell)] = {"options": all_options(cell.method), **values}
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps({"setup": self.setup, "cells": self.cells}, indent=1) + "\n")
         os.replace(partial, self.path)
 
 
-def table(subject: Subject, results: Results, cells: Sequence[Cell]) -> str:
-    """Mean over the seeds ± their sample standard deviation."""
-    rows: dict[tuple[int, int, str, str], list[dict[str, Any]]] = {}
-    for cell in cells:
-        if str(cell) in results.cells:
-            rows.setdefault(cell.row, []).append(results.cells[str(cell)])
-    first = next(iter(rows.values()))[0]
-    metrics = [name for name in first if name not in ("layers", "notes", "environment")]
+Rows = dict[Row, dict[int, dict[str, Any]]]  # values by seed
 
-    def text(runs: list[dict[str, Any]], name: str) -> str:
-        values = [run[name] for run in runs]
+
+def rows_of(results: Results, cells: Sequence[Cell]) -> Rows:
+    """What is measured of the cells"""
+    rows: Rows = {}
+    for cell in cells:
+        if values := results.of(cell):
+            rows.setdefault(cell.row, {})[cell.seed] = values
+    return dict(sorted(rows.items(), key=lambda item: (-item[0][0], item[0][1], item[0][2])))
+
+
+def table(rows: Rows) -> str:
+    """Mean over the seeds ± their sample standard deviation."""
+    first = next(iter(next(iter(rows.values())).values()))
+    metrics = [name for name in first if name not in NOT_METRICS]
+
+    def text(values: list[float], name: str) -> str:
         digits = 0 if name == "seconds" else 5 if "error" in name else 3
         spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 and digits else ""
         return f"{mean(values):.{digits}f}{spread}"
 
     lines = [
-        (
-            f"W{bits}",
-            "row" if group == -1 else str(group),
-            grid,
-            method,
-            str(len(runs)),
-            *(text(runs, name) for name in metrics),
-        )
-        for (bits, group, grid, method), runs in sorted(
-            rows.items(), key=lambda item: (-item[0][0], item[0][1], item[0][2])
-        )
-    ]
+        (*_named(row), str(len(runs)), *(
+            text([run[name] for run in runs.values()], name) for name in metrics
+        ))
+        for row, runs in rows.items()
+    ]  # fmt: skip
     return markdown(("bits", "group", "grid", "method", "seeds", *metrics), lines)
+
+
+def differences(rows: Rows, method: str = "SAPQ") -> str:
+    """What `method` has less each other one, paired by seed: both of a pair calibrate and are
+    evaluated on the same data. Mean ± its standard error."""
+    first = next(iter(next(iter(rows.values())).values()))
+    metrics = [name for name in first if name not in (*NOT_METRICS, "seconds", "standard error")]
+    lines = []
+    for row, runs in rows.items():
+        others = rows.get((*row[:3], method), {})
+        seeds = [seed for seed in runs if seed in others]
+        if row[3] == method or len(seeds) < 2:
+            continue
+        apart = [[others[seed][name] - runs[seed][name] for seed in seeds] for name in metrics]
+        errors = [stdev(values) / len(seeds) ** 0.5 for values in apart]
+        texts = [f"{mean(v):+.4f} ± {e:.4f}" for v, e in zip(apart, errors, strict=True)]
+        lines.append((*_named(row), str(len(seeds)), *texts))
+    return markdown(("bits", "group", "grid", f"{method} less", "seeds", *metrics), lines)
+
+
+def _named(row: Row) -> tuple[str, str, str, str]:
+    bits, group, grid, method = row
+    return f"W{bits}", "row" if group == -1 else str(group), grid, method
 
 
 def main() -> None:
@@ -263,7 +296,7 @@ def main() -> None:
     if options.methods:
         cells = [cell for cell in cells if cell.method in options.methods]
     named = METHODS | PARTS
-    missing = [cell for cell in cells if str(cell) not in results.cells]
+    missing = [cell for cell in cells if not results.of(cell)]
     for done, cell in enumerate(missing):
         if time.monotonic() - started > 60 * options.minutes:
             print(f"stopped after {options.minutes} minutes; {len(missing) - done} cells are left")
@@ -273,7 +306,9 @@ def main() -> None:
         results.add(cell, values | {"environment": environment(torch.device("cpu"))})
         print(f"{cell}: {subject.loss} {values[subject.loss]:.4f}, "
               f"{time.monotonic() - begun:.0f} s", flush=True)  # fmt: skip
-    print("\n" + subject.title + "\n\n" + table(subject, results, cells))
+    if rows := rows_of(results, cells):
+        print("\n" + subject.title + "\n\n" + table(rows))
+        print("\n" + differences(rows))
     if options.figures:
         from benchmarks.accuracy import figures
 
