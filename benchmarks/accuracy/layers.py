@@ -15,14 +15,20 @@ H + d mean(diag H) I, which is the shrinkage (1 - r) H + r mean(diag H) I with r
 
 --starts: instead, what more orders of the columns of a tile bring, and what they take: one, eight,
 and one for each row, on every eighth layer and up to 512 rows.
+
+--mixed: instead, what it brings to give each row bits of its own at the same mean, and to keep 3 %
+of the columns in float16, beside what as many more bits would do in all columns; on every fourth
+layer and up to 512 rows.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +37,14 @@ from benchmarks.accuracy.methods import METHODS, solver_options
 from sapq_triton import QuantSpec, layer_error, solve
 from sapq_triton.calibrate import collect_hessians
 from sapq_triton.layers import weight_matrix
+from sapq_triton.mixed import BITS, Criterion, solve_float_columns, solve_row_bits
 from sapq_triton.regularize import DAMPS
 from sapq_triton.spec import Starts
 
 Hessians = dict[str, Tensor]
 SHARES = (0.003, 0.01, 0.03, 0.1, 0.3)
-ROWS = 512  # of a layer, in `starts`
+ROWS = 512  # of a layer, in `starts` and `mixed`
+KEPT = 0.03  # of the columns, in `mixed`
 
 
 def minilm() -> tuple[nn.Module, Hessians, Hessians]:
@@ -111,6 +119,43 @@ def starts(model: nn.Module, calibration: Hessians, held_out: Hessians, bits: in
     print(f"W{bits}, starts, {len(chosen)} layers: {', '.join(each)}", flush=True)
 
 
+def mixed(model: nn.Module, calibration: Hessians, held_out: Hessians, bits: int) -> None:
+    """Geometric means over layers of held-out errors, over those of `bits` in all rows."""
+    options = solver_options("SAPQ") | {"starts": 1}
+    damp, plain = options.pop("damp"), QuantSpec(bits)
+    logs: dict[str, list[float]] = {}
+    more = 0.0
+    chosen = [*calibration][::4]
+    for name in chosen:
+        weight, hessian = weight_matrix(model.get_submodule(name))[:, :ROWS], calibration[name]
+        count = max(1, round(KEPT * weight.shape[2]))
+        results: dict[str, Any] = {
+            str(b): solve(weight, hessian, QuantSpec(b), damp=damp, **options)
+            for b in (bits, bits + 1)
+        }
+        results["rows"] = solve_row_bits(
+            weight, hessian, plain, mean_bits=bits, damp=damp, **options
+        )
+        for criterion in get_args(Criterion):
+            kept = solve_float_columns(
+                weight, hessian, plain, count=count, criterion=criterion, damp=damp, **options
+            )
+            results[criterion] = kept
+            more += (kept.mean_bits - bits) / len(chosen) / len(get_args(Criterion))
+        for key, result in results.items():
+            error = layer_error(weight, result.dequantize(), held_out[name]).sum().log()
+            logs.setdefault(key, []).append(error.item())
+    base = mean(logs[str(bits)])
+    ratios = {key: math.exp(mean(values) - base) for key, values in logs.items()}
+    print(
+        f"W{bits}, {len(chosen)} layers: rows of {BITS} bits, {bits} in the mean: "
+        f"{ratios['rows']:.3f}; {KEPT:.0%} of columns in float16, by sensitivity: "
+        f"{ratios['sensitivity']:.3f}, by activation: {ratios['activation']:.3f}; the {more:.2f} "
+        f"bits that they take, in all columns: {ratios[str(bits + 1)] ** more:.3f}",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=("minilm", "lite0"), required=True)
@@ -118,12 +163,13 @@ def main() -> None:
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--regularize", action="store_true")
     parser.add_argument("--starts", action="store_true")
+    parser.add_argument("--mixed", action="store_true")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--each", action="store_true", help="print a line per layer")
     options = parser.parse_args()
     model, calibration, held_out = minilm() if options.model == "minilm" else lite0(options.images)
-    for wanted, compare in ((options.regularize, regularize), (options.starts, starts)):
-        if wanted:
+    for name, compare in (("regularize", regularize), ("starts", starts), ("mixed", mixed)):
+        if getattr(options, name):
             for bits in options.bits:
                 compare(model, calibration, held_out, bits)
             return
