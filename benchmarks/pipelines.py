@@ -244,7 +244,7 @@ def run_alone(
     started = time.perf_counter()
     report = sapq_triton.quantize(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        calibration.split(8),
+        calibration.split(4),
         QuantSpec(bits, GROUP_SIZE, symmetric=True, scale_dtype="float16"),
         skip=["lm_head"],
         order=order,
@@ -302,7 +302,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     both = options.wikitext.read_text(), topics()
     texts = [sequences(tokenizer, text, 1024, options.evaluation) for text in both]
     half = options.calibration // 2
-    calibration = torch.cat([sequences(tokenizer, text, 512, half, start=150) for text in both])
+    # in turn, so that every batch has both texts
+    parts = [sequences(tokenizer, text, 512, half, start=150) for text in both]
+    calibration = torch.stack(parts, 1).flatten(0, 1)
     before = [perplexity(model, text) for text in texts]
     print(f"float32: WikiText-2 {before[0]:.3f}, pydoc_data.topics {before[1]:.3f}", flush=True)
     rows: list[Row] = []

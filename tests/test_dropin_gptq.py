@@ -196,14 +196,16 @@ def test_hessian_is_of_the_rows_that_the_layer_multiplies(make: Any) -> None:
 
 @pytest.mark.parametrize("make", LAYERS)
 @pytest.mark.parametrize("actorder", [False, True])
-@pytest.mark.parametrize("order", [None, "natural"])
-def test_default_is_our_solver(make: Any, order: Any, actorder: bool) -> None:
-    gptq = configured(prepared(make(), order=order), sym=True)
+@pytest.mark.parametrize(
+    "options", [{}, {"order": "natural"}, {"starts": 3, "sweeps": 1, "rounds": 2}], ids=str
+)
+def test_default_is_our_solver(make: Any, options: dict[str, Any], actorder: bool) -> None:
+    gptq = configured(prepared(make(), **options), sym=True)
     before, hessian = weight_matrix(gptq.layer).clone(), gptq._hessian()
     gptq.fasterquant(actorder=actorder)
     spec = QuantSpec(4, symmetric=True, scale_search="absmax")
     grid = gptq.scale.view(*before.shape[:2], 1)
-    expected = solve(before, hessian, spec, order=order or "sensitivity", scale=grid)
+    expected = solve(before, hessian, spec, **{"scale": grid, "sweeps": 2, **options})
     torch.testing.assert_close(weight_matrix(gptq.layer), expected.dequantize())
     assert torch.equal(gptq.codes, expected.codes.flatten(0, 1))
     assert gptq.error == pytest.approx(expected.report.error.sum().item())

@@ -113,15 +113,17 @@ def test_compat_is_exact_obq(make: Any, sparse: bool) -> None:
     assert obs.error == pytest.approx(errors[0].item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"starts": 3, "sweeps": 1, "rounds": 2}], ids=str)
 @pytest.mark.parametrize("make", LAYERS)
-def test_default_is_our_solver(make: Any) -> None:
-    obs = prepared(make(), rel_damp=0.02)
+def test_default_is_our_solver(make: Any, options: dict[str, Any]) -> None:
+    obs = prepared(make(), rel_damp=0.02, **options)
     before, hessian = weight_matrix(obs.layer).clone(), obs._hessian()
     obs.quantize()
     spec = QuantSpec(4, scale_search="absmax")
     grid = (t.view(*before.shape[:2], 1) for t in (obs.quantizer.scale, obs.quantizer.zero))
     scale, zero = grid
-    expected = solve(before, hessian, spec, damp=0.02, scale=scale, zero_point=zero)
+    how: dict[str, Any] = {"scale": scale, "zero_point": zero, "damp": 0.02, "sweeps": 2, **options}
+    expected = solve(before, hessian, spec, **how)
     torch.testing.assert_close(weight_matrix(obs.layer), expected.dequantize())
     assert obs.error == pytest.approx(expected.report.error.sum().item())
 

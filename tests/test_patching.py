@@ -93,7 +93,9 @@ def test_names_and_options_are_checked_first() -> None:
         ({"order": "up"}, "order must be"),
         ({"damp": -1}, "damp must be"),
         ({"block": 0}, "block must be"),
+        ({"starts": 0}, "starts must be"),
         ({"sweeps": -1}, "sweeps must be"),
+        ({"rounds": 0.5}, "rounds must be"),
         ({"precision": "half"}, "precision must be"),
         ({"backend": "cuda"}, "backend must be"),
     ):
@@ -225,6 +227,21 @@ def test_neural_compressor(their_class: Any, group_size: int, act_order: bool) -
         grid = {"scale": scale, "zero_point": zero}
         expected = solve(weight, hessian, spec, order="activation", damp=0.03, **grid)
         assert torch.equal(quantized, expected.dequantize())
+
+
+def test_options_reach_the_solver(their_class: Any) -> None:
+    made = task(their_class)
+    weight, hessian = made.layer.weight.detach().clone(), made.H.clone()
+    options: dict[str, Any] = dict(order="sensitivity", block=8, starts=3, sweeps=1, rounds=2,
+                                   damp=0.01, precision="ieee", backend="reference")  # fmt: skip
+    with patch("neural_compressor", **options):
+        scale, _, zero, quantized = made.fasterquant(made.layer.weight)
+    expected = solve(weight, hessian, QuantSpec(4), scale=scale, zero_point=zero, **options)
+    torch.testing.assert_close(quantized, expected.dequantize())
+    for other in (dict(order="natural"), dict(starts=1), dict(sweeps=0), dict(rounds=0)):
+        how = options | other
+        changed = solve(weight, hessian, QuantSpec(4), scale=scale, zero_point=zero, **how)
+        assert (changed.codes != expected.codes).any(), other
 
 
 def test_neural_compressor_keeps_what_is_its_own(their_class: Any) -> None:

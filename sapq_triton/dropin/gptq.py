@@ -8,7 +8,7 @@ from torch import Tensor
 from ..layers import Layer
 from ..ops import Backend, Precision
 from ..result import dequantize, layer_error
-from ..spec import Order
+from ..spec import Order, Starts
 from .aliases import accepts
 from .problem import LayerProblem, bits_of, find_grids, solve_on_grid
 from .published import solve_published
@@ -38,7 +38,7 @@ class GPTQ(LayerProblem):
     transformers' Conv1D; on any device.
     order: of `solve`, by default "sensitivity" whatever `actorder` says: grids lie in original
     order, so that no order costs an engine anything.
-    sweeps, precision, backend: of `solve`.
+    starts, sweeps, rounds, precision, backend: of `solve`.
     compat: the published algorithm instead, with what is peculiar to it: a group that begins inside
     a block takes its grid from weights that lack the block's updates, `actorder` without
     `static_groups` permutes the groups, columns that never fired become 0. Its codes are then
@@ -76,7 +76,9 @@ class GPTQ(LayerProblem):
         *,
         compat: bool = False,
         order: Order | None = None,
+        starts: Starts = 1,
         sweeps: int = 2,
+        rounds: int = 0,
         precision: Precision = "tf32x3",
         backend: Backend = "auto",
     ) -> None:
@@ -84,7 +86,8 @@ class GPTQ(LayerProblem):
             raise ValueError(f"compat follows actorder; it takes no order, got {order!r}")
         super().__init__(layer, torch.float32)
         self.quantizer: Any = Quantizer()
-        self.compat, self.order, self.sweeps = compat, order, sweeps
+        self.compat, self.order = compat, order
+        self.starts, self.sweeps, self.rounds = starts, sweeps, rounds
         self.precision, self.backend = precision, backend
 
     def add_batch(self, inp: Tensor, out: Tensor | None = None) -> None:
@@ -143,8 +146,8 @@ class GPTQ(LayerProblem):
             solved = solve_on_grid(
                 weight, hessian, scale, zero,
                 bits=bits, group_size=group_size, damp=percdamp, block=blocksize,
-                order=self.order or "sensitivity",
-                sweeps=self.sweeps, precision=self.precision, backend=self.backend,
+                order=self.order or "sensitivity", starts=self.starts, sweeps=self.sweeps,
+                rounds=self.rounds, precision=self.precision, backend=self.backend,
             )  # fmt: skip
             codes, quantized = solved.codes, solved.quantized
             self.damp = solved.report.damp.max().item()

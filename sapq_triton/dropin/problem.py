@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +10,9 @@ from torch import Tensor
 
 from .. import layers, ops
 from ..finite import check_finite
-from ..ops import Backend, Precision
 from ..result import SolveReport
 from ..solver import solve
-from ..spec import Order, QuantSpec
+from ..spec import QuantSpec
 
 FindGrid = Callable[[Tensor], tuple[Tensor, Tensor]]  # columns [N, n]  ->  scale, zero [N, 1]
 
@@ -118,14 +118,9 @@ def solve_on_grid(
     *,
     bits: int,
     group_size: int,
-    order: Order,
-    block: int,
-    sweeps: int,
-    damp: float,
-    precision: Precision = "tf32x3",
-    backend: Backend = "auto",
+    **options: Any,
 ) -> OnGrid:
-    """`solve` on given grids, whose last group may be shorter than the others.
+    """`solve` on given grids, whose last group may be shorter than the others; options: its others.
 
     weight [B, R, C], hessian [C, C] or [B, C, C], scale, zero [B, R, ceil(C / group_size)]. A short
     group is filled with columns of weight 0 and input 0, which couple to nothing.
@@ -135,10 +130,8 @@ def solve_on_grid(
     if missing:
         weight, hessian = F.pad(weight, (0, missing)), F.pad(hessian, (0, missing, 0, missing))
     result = solve(
-        weight, hessian, QuantSpec(bits, group_size),
-        order=order, block=block, sweeps=sweeps, damp=damp, scale=scale, zero_point=zero,
-        precision=precision, backend=backend,
-    )  # fmt: skip
+        weight, hessian, QuantSpec(bits, group_size), scale=scale, zero_point=zero, **options
+    )
     report = replace(result.report, dead_columns=result.report.dead_columns - missing)
     quantized = result.dequantize()[..., :C]
     return OnGrid(quantized, result.codes[..., :C].contiguous(), report)

@@ -14,7 +14,7 @@ from ..layers import Layer, window_size
 from ..obq import solve_obq
 from ..ops import Backend, Precision
 from ..result import dequantize, layer_error
-from ..spec import Order
+from ..spec import Order, Starts
 from .problem import LayerProblem, bits_of, solve_on_grid
 from .pruning import compensated, remove_greedily
 from .quantizer import Quantizer
@@ -35,7 +35,7 @@ class TrueOBS(LayerProblem):
     rel_damp: added to the diagonal, as a fraction of its mean.
     order: of `solve`, for `quantize`; "sensitivity" is much faster than exact OBQ ("obq"), and has
     the lower layer error at few bits, where OBQ leaves the weights that are hard to round to the
-    end. block, sweeps, precision, backend: of `solve`.
+    end. block, starts, sweeps, rounds, precision, backend: of `solve`.
     compat: `quantize` as published: exact OBQ, zeros stay zeros, columns that never fired become 0;
     ValueError together with an order. Pruning is as published in both modes: exact, and columns
     that never fired, which cost nothing, become 0.
@@ -55,7 +55,9 @@ class TrueOBS(LayerProblem):
         compat: bool = False,
         order: Order | None = None,
         block: int = 128,
+        starts: Starts = 1,
         sweeps: int = 2,
+        rounds: int = 0,
         precision: Precision = "tf32x3",
         backend: Backend = "auto",
     ) -> None:
@@ -66,7 +68,7 @@ class TrueOBS(LayerProblem):
         super().__init__(layer, torch.float64)
         self.quantizer: Any = Quantizer()
         self.rel_damp, self.compat, self.order = rel_damp, compat, order or "sensitivity"
-        self.block, self.sweeps = block, sweeps
+        self.block, self.starts, self.sweeps, self.rounds = block, starts, sweeps, rounds
         self.precision, self.backend = precision, backend
         self._removals: _Removals | None = None
 
@@ -108,8 +110,9 @@ class TrueOBS(LayerProblem):
         else:
             quantized = solve_on_grid(
                 weight, hessian, scale, zero, bits=bits, group_size=self.columns,
-                order=self.order, block=self.block, sweeps=self.sweeps, damp=self.rel_damp,
-                precision=self.precision, backend=self.backend,
+                order=self.order, block=self.block, starts=self.starts, sweeps=self.sweeps,
+                rounds=self.rounds, damp=self.rel_damp, precision=self.precision,
+                backend=self.backend,
             ).quantized  # fmt: skip
         self._finish(weight, quantized)
 

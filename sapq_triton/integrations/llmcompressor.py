@@ -48,7 +48,7 @@ class Options(patching.Options):
         super().__post_init__()
         if self.level not in get_args(Level):
             raise ValueError(f"level must be one of {get_args(Level)}, got {self.level!r}")
-        settled = ("order", "block", "sweeps", "damp")
+        settled = ("order", "block", "starts", "sweeps", "rounds", "damp")
         changed = [name for name in settled if getattr(self, name) != getattr(Options, name)]
         if self.level == "block" and changed:
             raise ValueError(f'level "block" leaves {settled} to llm-compressor, got {changed}')

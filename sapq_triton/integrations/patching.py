@@ -12,7 +12,7 @@ import torch
 
 from ..ops import Backend, Precision
 from ..solver import solve
-from ..spec import Order, QuantSpec
+from ..spec import Order, QuantSpec, Starts
 
 NAMES = (
     "auto_round",
@@ -27,11 +27,13 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Options:
-    """order, block, sweeps, precision, backend: of `solve`. damp: None is the pipeline's own."""
+    """As `solve`, on the pipeline's grid. damp: None is the pipeline's own."""
 
     order: Order = "sensitivity"
     block: int = 128
+    starts: Starts = 1
     sweeps: int = 2
+    rounds: int = 0
     damp: float | None = None
     precision: Precision = "tf32x3"
     backend: Backend = "auto"
@@ -48,7 +50,9 @@ class Options:
         return {
             "order": self.order,
             "block": self.block,
+            "starts": self.starts,
             "sweeps": self.sweeps,
+            "rounds": self.rounds,
             "damp": damp if self.damp is None else self.damp,
             "precision": self.precision,
             "backend": self.backend,
@@ -113,7 +117,9 @@ def patch(name: str, *, any_version: bool = False, **options: Any) -> Patch:
 
     name: one of NAMES, the package's import name. any_version: also where its version is none of
     those that were tried; its functions must still have the signatures that we know.
-    order, block, sweeps, precision, backend: of `solve`. damp: in place of the pipeline's own.
+    order, block, starts, sweeps, rounds, precision, backend: of `solve`, for speed by default:
+    starts=8 and rounds=3, as "best" of `quantize` has, take 5 % off the layer errors, and 4.5 times
+    as long (MiniLM's layers, groups of 64, 4 and 3 bits). damp: in place of the pipeline's own.
     "llmcompressor" also takes `level`, "gptqmodel" and "optimum" `scale_search`; see their modules.
 
     ValueError where the package is missing, its version or a signature is not one that we know, the
