@@ -1,22 +1,25 @@
-"""Write the performance table of README.md from the newest results of a GPU.
+"""Write the tables of README.md from `benchmarks/results`.
 
     python -m benchmarks.readme
 
-Between the two markers of README.md comes what `benchmarks.gate` measured: of the whole gates in
-`benchmarks/results/` that passed on a GPU, the one of the latest date. Where there is none, the
-block says so. `tests/test_readme.py` fails where README.md is not what this command would write.
+Between two markers of README.md each comes
+performance           what `benchmarks.gate` measured: of the whole gates that passed on a GPU, the
+                      one of the latest date. Where there is none, the block says so
+losses, claim, parts  what `benchmarks.accuracy.study` measured, see `accuracy.summary`
+`tests/test_readme.py` fails where README.md is not what this command would write.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy import summary
 from benchmarks.measure import ROOT, markdown
 
-BEGIN, END = "<!-- performance: python -m benchmarks.readme -->\n", "<!-- /performance -->\n"
+BEGIN, END = "<!-- {}: python -m benchmarks.readme -->\n", "<!-- /{} -->\n"
 NOT_MEASURED = """\
 **Not measured yet:** anything on a GPU. The kernels run in Triton's interpreter against the
 reference, and compile without spills for sm_80, sm_90, sm_100 and gfx942
@@ -65,7 +68,7 @@ def brief(seconds: float) -> str:
 
 
 def block(report: Result | None) -> str:
-    """What stands between the markers."""
+    """The performance."""
     if report is None:
         return NOT_MEASURED
     where = report["environment"]
@@ -88,13 +91,21 @@ def block(report: Result | None) -> str:
     return text
 
 
-def rewritten(page: str, report: Result | None) -> str:
+def blocks(results: Path) -> dict[str, str]:
+    """What stands between the markers, by name."""
+    return {"performance": block(newest(results)), **summary.blocks(results)}
+
+
+def rewritten(page: str, texts: Mapping[str, str]) -> str:
     """ValueError where a marker is missing."""
-    before, found, rest = page.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not found or not closed:
-        raise ValueError(f"README.md needs the lines {BEGIN.strip()!r} and {END.strip()!r}")
-    return before + BEGIN + block(report) + END + after
+    for name, text in texts.items():
+        begin, end = BEGIN.format(name), END.format(name)
+        before, found, rest = page.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise ValueError(f"README.md needs the lines {begin.strip()!r} and {end.strip()!r}")
+        page = before + begin + text + end + after
+    return page
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,8 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     options = parser.parse_args(arguments)
+    options.readme.write_text(rewritten(options.readme.read_text(), blocks(options.results)))
     report = newest(options.results)
-    options.readme.write_text(rewritten(options.readme.read_text(), report))
     print(report["environment"]["device"] if report else "no results of a GPU")
     return 0
 
