@@ -7,9 +7,11 @@ The price is memory: the live activations of all batches at once. `Replay` comes
 those of one batch, and runs each batch anew for every layer.
 """
 
+import contextvars
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial, reduce
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
@@ -164,11 +166,15 @@ class _Worker:
     def __init__(self, run: Action) -> None:
         self.station: Hashable | None = None
         self._run = run
-        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        # unlike semaphores these cannot be interrupted half-way
+        self._go: SimpleQueue[None] = SimpleQueue()
+        self._back: SimpleQueue[None] = SimpleQueue()
         self._error: BaseException | None = None
         self._abandoned = False
         self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        self._thread = threading.Thread(target=self._main, daemon=True)
+        self._default = torch.get_default_device()
+        target = partial(contextvars.copy_context().run, self._main)
+        self._thread = threading.Thread(target=target, daemon=True)
 
     @classmethod
     def current(cls) -> "_Worker":
@@ -176,23 +182,28 @@ class _Worker:
 
     def _main(self) -> None:
         _Worker._local.worker = self
+        self._go.get()
+        if self._abandoned:  # its owner was interrupted while it started
+            return
         try:
             if self._device is not None:
                 torch.cuda.set_device(self._device)
-            with torch.no_grad():  # gradient mode belongs to a thread
+            if self._default.type != "cpu":
+                torch.set_default_device(self._default)
+            with torch.no_grad():  # gradient mode belongs to a thread, as the default device does
                 self._run()
         except _Abandoned:
             pass
         except BaseException as error:
             self._error = error
         self.station = None
-        self._back.release()
+        self._back.put(None)
 
     def wait_at(self, station: Hashable) -> None:
         if not self._abandoned:  # else a model cleans up on its way out, and nobody waits
             self.station = station
-            self._back.release()
-            self._go.acquire()
+            self._back.put(None)
+            self._go.get()
         if self._abandoned:
             raise _Abandoned
 
@@ -200,9 +211,8 @@ class _Worker:
         self.station = None
         if self._thread.ident is None:
             self._thread.start()
-        else:
-            self._go.release()
-        self._back.acquire()
+        self._go.put(None)
+        self._back.get()
         if self._error is not None:
             try:
                 raise self._error
@@ -211,7 +221,7 @@ class _Worker:
 
     def abandon(self) -> None:
         self._abandoned = True
-        self._go.release()
+        self._go.put(None)
         if self._thread.ident is not None:
             self._thread.join()
 

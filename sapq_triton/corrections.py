@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .calibrate import BatchMoments, ChannelMoments
 from .finite import check_parts
-from .layers import Layer
+from .layers import Layer, overwrite
 from .ranks import Ranks
 
 BatchNormRule = Literal["paired", "reestimate", "keep"]
@@ -38,6 +38,10 @@ class Corrections:
         self.visits: dict[str, int] = {}  # of each BatchNorm, most in one forward pass
         self.before: dict[str, ChannelMoments] = {}  # of what goes in, in the original model
         self.follower: dict[str, str] = {}  # layer -> BatchNorm that its output goes straight into
+        self._biases: dict[int, list[str]] = {}  # names of all modules that hold a bias
+        for name, module in modules.items():
+            if (bias := module._parameters.get("bias")) is not None:
+                self._biases.setdefault(id(bias), []).append(name)
         for name in self.norms:
             self._check(name)
 
@@ -76,8 +80,8 @@ class Corrections:
         handled = norm is not None and (self.rule == "reestimate" or self.corrects(norm))
         return self.biases and self.modules[name].bias is not None and not handled
 
-    def correct_biases(self, twins: Sequence[str], lost: Tensor, mean: Tensor) -> None:
-        """b += (W - Q) E[x]: lost W - Q [B, R, C], mean E[x] [B, C]
+    def correct_biases(self, twins: Sequence[str], lost: Tensor, mean: Tensor) -> list[str]:
+        """b += (W - Q) E[x]: lost W - Q [B, R, C], mean E[x] [B, C]; why a bias was not corrected
 
         Only what this layer's rounding changes, on the inputs it now has. Restoring the mean output
         of the full-precision model instead was tried: without BatchNorm to restore the variance as
@@ -85,12 +89,19 @@ class Corrections:
         """
         shift = (lost.to(mean.dtype) @ mean[:, :, None]).flatten()
         shifted: set[int] = set()  # twins may share their bias as well
+        kept = []
         for name in filter(self._corrects_bias, twins):
             bias = self.modules[name].bias
-            if id(bias) not in shifted:
+            holders = self._biases.get(id(bias), [])
+            if others := [holder for holder in holders if holder not in twins]:
+                kept.append(f"its bias, shared with {', '.join(others)}, is not corrected")
+            elif not holders:
+                kept.append("its bias, computed from other parameters, is not corrected")
+            elif id(bias) not in shifted:
                 shifted.add(id(bias))
-                bias.data += shift.to(bias)
+                overwrite(bias, bias + shift.to(bias))
                 self.corrected[name] = float(shift.abs().max())
+        return kept
 
     def reestimate(self, run: Callable[[], None]) -> None:
         """Reset the statistics of all BatchNorms in use, and average them over what `run` runs."""

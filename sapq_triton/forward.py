@@ -31,9 +31,13 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        values = {key: to_device(value, device) for key, value in batch.items()}
+        # what is there already stays in a mapping of the user's own
+        return batch if all(value is batch[key] for key, value in values.items()) else values
     if isinstance(batch, tuple | list):
         moved = [to_device(value, device) for value in batch]
+        if all(value is before for value, before in zip(moved, batch, strict=True)):
+            return batch
         if isinstance(batch, list):
             return moved
         return batch._make(moved) if hasattr(batch, "_make") else tuple(moved)  # a namedtuple stays
@@ -45,7 +49,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; train/eval state and random generators as before.
 
     Neither autocast nor inference mode would reach other threads: both are off.
-    So is the fast path of nn.Transformer, which calls no layer.
+    So is the fast path of nn.Transformer, which calls no layer, and what torch.compile has made of
+    the model, which may call no hook.
     """
     device = next(model.parameters()).device.type
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -57,6 +62,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(device, enabled=False),
+        torch.compiler.set_stance("force_eager"),
     ):
         try:
             torch.backends.mha.set_fastpath_enabled(False)

@@ -93,7 +93,14 @@ def as_weight(module: Layer, matrix: Tensor) -> Tensor:
 @torch.no_grad()
 def store_weight(module: Layer, matrix: Tensor) -> None:
     """Put a matrix as of `weight_matrix` into the weight, in place, in its dtype."""
-    module.weight.copy_(as_weight(module, matrix))
+    overwrite(module.weight, as_weight(module, matrix))
+
+
+def overwrite(tensor: Tensor, value: Tensor) -> None:
+    """In place, in its dtype; autocast, if a `forward` turns it on, may keep a cast of what was."""
+    with torch.no_grad():
+        tensor.copy_(value)
+    torch.clear_autocast_cache()
 
 
 def called_with(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -194,25 +194,25 @@ def quantize(
         if pack:
             with stage("packing"):
                 run.pack()
-    skipped |= run.corrections.kept
-    told = dict(
-        model=type(model).__name__, preset=preset, spec=asdict(spec), skip=skip,
-        overrides={name: asdict(other) for name, other in overrides.items()},
-        **options, drift_correction=drift, batchnorm=batchnorm, bias_correction=bias_correction,
-        hessian_dtype=str(hessian_dtype).removeprefix("torch."), attention_mask=attention_mask,
-        pack=pack, replay=replay, batches=len(batches), processes=ranks.size,
-        deterministic=deterministic,
-    )  # fmt: skip
-    return Report(
-        layers=tuple(run.layers_done),
-        skipped=skipped,
-        corrected=run.corrections.corrected,
-        seconds=time.perf_counter() - started,
-        stages=run.stopwatch.seconds,
-        memory=peak_memory(run.device),
-        environment=environment(run.device),
-        options=told,
-    )
+        skipped |= run.corrections.kept
+        told = dict(
+            model=type(model).__name__, preset=preset, spec=asdict(spec), skip=skip,
+            overrides={name: asdict(other) for name, other in overrides.items()},
+            **options, drift_correction=drift, batchnorm=batchnorm, bias_correction=bias_correction,
+            hessian_dtype=str(hessian_dtype).removeprefix("torch."), attention_mask=attention_mask,
+            pack=pack, replay=replay, batches=len(batches), processes=ranks.size,
+            deterministic=deterministic,
+        )  # fmt: skip
+        return Report(
+            layers=tuple(run.layers_done),
+            skipped=skipped,
+            corrected=run.corrections.corrected,
+            seconds=time.perf_counter() - started,
+            stages=run.stopwatch.seconds,
+            memory=peak_memory(run.device),
+            environment=environment(run.device),
+            options=told,
+        )
 
 
 def _check(
@@ -234,6 +234,8 @@ def _check(
         )
     if isinstance(skip, str):
         raise ValueError(f"skip must be an iterable of patterns, got {skip!r}; pass [{skip!r}]")
+    if not isinstance(skip, Iterable):
+        raise ValueError(f"skip must be an iterable of patterns, got {skip!r}")
     for name, value in (("spec", spec), *((f"overrides[{k!r}]", v) for k, v in overrides.items())):
         if not isinstance(value, QuantSpec):
             raise ValueError(f"{name} must be a QuantSpec, got {value!r}")
@@ -518,10 +520,13 @@ class _Run:
         if self._waves.passes_by(name) or target.solved:
             return
         key = self._pass.number, name
-        self._original[key] = layers.called_with(name, args, kwargs)
-        if not self._waves.collects(name):  # else it waits when all experts have run
-            meeting.meet(("solve", name), acts=False)
-            del self._original[key]
+        inputs = layers.called_with(name, args, kwargs)
+        if self._waves.collects(name):  # it waits when all experts have run, and may change this
+            self._original[key] = inputs.clone()
+            return
+        self._original[key] = inputs
+        meeting.meet(("solve", name), acts=False)
+        del self._original[key]
 
     def _share_inputs(self, meeting: Meeting, target: Target, leader: Target, call: Call) -> None:
         """The rows are in the leader's Hessian, unless quantization changed the model's ways."""
@@ -610,7 +615,7 @@ class _Run:
         quantized = result.dequantize()
         if solution.rows:
             lost = solution.weight.float() - quantized
-            self.corrections.correct_biases(target.twins, lost, solution.mean)
+            target.notes += self.corrections.correct_biases(target.twins, lost, solution.mean)
         layers.store_weight(target.module, quantized)
         check_parts(target.module, target.name, ("weight", "bias"), ", once quantized")
         if solution.others:
@@ -685,7 +690,7 @@ class _Run:
     def _run_batch(self, batch: Any, number: int = 0, model: nn.Module | None = None) -> None:
         batch = to_device(batch, self.device)
         mask = batch.get(self.mask_key) if isinstance(batch, Mapping) and self.mask_key else None
-        if isinstance(mask, Tensor):
+        if isinstance(mask, Tensor) and mask.ndim == 2:
             check_finite(mask, f"the {self.mask_key} of a batch", "; it must hold 0 and 1")
         self._pass.inputs, self._pass.number = {}, number
         if model is not None:  # what an earlier pass of the batch has left
@@ -717,13 +722,16 @@ def _removed(hooks: list[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Put all parameters and buffers back if anything is raised."""
-    tensors = [tensor for _, tensor in _tensors(model)]
-    saved = [tensor.detach().clone() for tensor in tensors]
+    """Put all parameters and buffers back, their values and themselves, if anything is raised."""
+    stores: list[Any] = [s for m in model.modules() for s in (m._parameters, m._buffers)]
+    held = [(store, dict(store)) for store in stores]
+    saved = [(tensor, tensor.detach().clone()) for _, tensor in _tensors(model)]
     try:
         yield
     except BaseException:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, saved, strict=True):
-                tensor.copy_(value)
+        for store, tensors in held:
+            store.clear()
+            store.update(tensors)
+        for tensor, value in saved:
+            layers.overwrite(tensor, value)
         raise

@@ -135,8 +135,7 @@ def _replaced(layer: Rounded, width: int, twins: list[Layer]) -> Iterator[None]:
         layers.store_weight(module, layer.results[width].dequantize())
         yield
     finally:
-        with torch.no_grad():
-            module.weight.copy_(kept)
+        layers.overwrite(module.weight, kept)
         for hook in hooks:
             hook.remove()
 

@@ -114,11 +114,11 @@ def find_targets(
     for pattern in (*skip, *overrides):
         if not fnmatch.filter(found, pattern):
             raise ValueError(f"pattern {pattern!r} matches no layer; layers are {list(found)}")
-    holders: dict[int, list[str]] = {}  # names of all modules that hold a parameter
+    holders: dict[Hashable, list[str]] = {}  # names of all modules that hold a parameter
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                holders.setdefault(id(parameter), []).append(name)
+                holders.setdefault(_identity(parameter), []).append(name)
     targets: dict[str, Target] = {}
     skipped: dict[str, str] = {}
     for name, module in found.items():
@@ -127,7 +127,8 @@ def find_targets(
         elif reason := layers.obstacle(module):
             skipped[name] = reason
     for name, module in found.items():
-        twins = holders.get(id(module._parameters.get("weight")), [name])
+        weight = module._parameters.get("weight")
+        twins = [name] if weight is None else holders[_identity(weight)]
         if name in skipped or any(twin in targets for twin in twins):
             continue
         others = [twin for twin in twins if twin not in found or twin in skipped]
@@ -155,6 +156,13 @@ def find_targets(
             target.notes.append(f"weight shared with {', '.join(twins[1:])}")
         targets[name] = target
     return targets, skipped | find_unheld(model)
+
+
+def _identity(parameter: Tensor) -> Hashable:
+    """Equal for two that are the same numbers in memory, tied through `.data` if not as objects"""
+    if nn.parameter.is_lazy(parameter) or parameter.device.type == "meta" or not parameter.numel():
+        return id(parameter)
+    return parameter.data_ptr(), tuple(parameter.shape), parameter.stride(), parameter.device
 
 
 def find_unheld(model: nn.Module) -> dict[str, str]:

@@ -201,6 +201,28 @@ def nothing() -> None:
     pass
 
 
+def test_a_pass_whose_thread_was_interrupted_at_its_start_never_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        thread_id = thread.ident
+        start(thread)
+        started.append(thread)
+        thread._ident = thread_id  # type: ignore[attr-defined]  # as it is until the thread says so
+        raise Interrupt
+
+    ran: list[int] = []
+    monkeypatch.setattr("threading.Thread.start", interrupted)
+    with pytest.raises(Interrupt):
+        Lockstep([partial(ran.append, 1)], {}).run()
+    started[0].join(timeout=20)
+    assert not started[0].is_alive()
+    assert ran == []
+
+
 class Accident(Exception):
     """Raised on purpose."""
 

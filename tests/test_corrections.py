@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from sapq_triton import QuantSpec, Report
 from sapq_triton import quantize as quantize_with_bar
@@ -333,3 +334,18 @@ def test_biases_of_tied_layers_are_corrected_once_each(shared: bool) -> None:
         was, now = (m.get_parameter(f"{name}.bias").detach() for m in (before, model))
         assert report.corrected["inward"] == pytest.approx(float((now - was).abs().max()), rel=1e-5)
         assert report.corrected["inward"] > 1e-3
+
+
+def test_a_bias_of_two_layers_or_of_other_parameters_is_left_alone() -> None:
+    """What one layer's rounding shifts is not what the other's does."""
+    model: Any = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 4))
+    model[2].bias = model[0].bias
+    prune.random_unstructured(model[3], "bias", 0.5)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = quantize(model, [torch.randn(20, 6) + 1], SPEC)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == ("weight" not in name), name
+    assert not report.corrected
+    assert report["0"].notes == ("its bias, shared with 2, is not corrected",)
+    assert report["2"].notes == ("its bias, shared with 0, is not corrected",)
+    assert report["3"].notes == ("its bias, computed from other parameters, is not corrected",)

@@ -191,6 +191,28 @@ def inputs(model: Mixture, batches: list[Tensor], expert: int) -> Tensor:
     return torch.cat([b[b[:, -1] == expert, :-1] for b in batches]) @ model.mixing
 
 
+@pytest.mark.parametrize("replay", [False, True])
+def test_what_an_expert_changes_in_place_counts_as_it_came(replay: bool) -> None:
+    class Wipes(Pair):
+        wipe: Any
+
+        def forward(self, x: Tensor) -> Tensor:
+            inner = F.relu(self.up(x))
+            result: Tensor = self.down(inner)
+            return result + type(self).wipe(inner).sum()
+
+    torch.manual_seed(2)
+    model = Mixture()
+    model.experts = nn.ModuleList(Wipes() for _ in range(EXPERTS))
+    options: dict[str, Any] = PLAIN | dict(drift_correction=0.5, replay=replay)
+    batches, reports = [batch(90, 80, 70, 60) for _ in range(2)], []
+    for wipe in (Tensor.zero_, torch.zeros_like):
+        Wipes.wipe = staticmethod(wipe)
+        reports.append(quantize(copy.deepcopy(model), batches, SPEC, **options))
+    for layer, other in zip(*(report.layers for report in reports), strict=True):
+        assert torch.equal(layer.codes, other.codes) and layer.error == other.error
+
+
 def test_few_rows_count_beside_those_of_all() -> None:
     model, batches = Mixture(), [batch(100, 15, 3, 0), batch(100, 10, 2, 0)]
     original = copy.deepcopy(model)

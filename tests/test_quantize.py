@@ -4,6 +4,7 @@ import copy
 import importlib
 import itertools
 import re
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -502,6 +503,13 @@ def test_gpt2_block() -> None:
     assert_weights_are_codes(model, report)
 
 
+class Encoding(UserDict[str, Tensor]):
+    """As a tokenizer of transformers gives it"""
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self.data[name]
+
+
 class Labelled(NamedTuple):
     image: Tensor
     label: Tensor
@@ -528,6 +536,11 @@ class Labelled(NamedTuple):
             lambda x: [Labelled(batch, torch.ones(4)) for batch in x],
             lambda model, batch: model(batch.image),
             id="forward-named",
+        ),
+        pytest.param(
+            lambda x: [Encoding(image=batch) for batch in x],
+            lambda model, batch: model(batch.image),
+            id="forward-mapping",
         ),
         pytest.param(
             lambda x: [{"image": [batch], "name": "a"} for batch in x],
@@ -625,6 +638,20 @@ def test_padding_tokens_may_hold_anything() -> None:
     report = quantize(model, [{"features": features, "valid": valid}], SPEC, attention_mask="valid")
     assert {layer.rows for layer in report.layers} == {10}
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+def test_masks_that_are_added_are_not_of_tokens() -> None:
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return torch.softmax(self.layer(x) + attention_mask[:, 0, 0], -1)
+
+    mask = torch.zeros(3, 1, 1, 4).masked_fill(torch.arange(4) == 2, -torch.inf)
+    batch = {"x": torch.randn(3, 6), "attention_mask": mask}
+    assert quantize(Adds(), [batch], SPEC)["layer"].rows == 3
 
 
 def test_dropout_is_off() -> None:

@@ -9,6 +9,7 @@ import random
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sapq_triton import QuantSpec, Report, solve
+from sapq_triton import QuantSpec, Report, error_curves, solve
 from sapq_triton import quantize as quantize_with_bar
 
 SPEC = QuantSpec(bits=3)
@@ -209,6 +210,40 @@ def test_error_inside_the_model_keeps_no_activation(replay: bool) -> None:
         gc.enable()
 
 
+def test_a_buffer_that_was_replaced_is_put_back() -> None:
+    class Grows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = torch.cat([self.seen, x.mean()[None]])
+            if len(self.seen) > 3:
+                raise KeyError("enough")
+            return self.layer(x)
+
+    model = Grows()
+    seen = model.seen
+    with pytest.raises(KeyError, match="enough"):
+        quantize(model, [torch.randn(8, 4)] * 3, SPEC)
+    assert model.seen is seen and model.seen.tolist() == [0]
+
+
+def test_an_interrupt_while_the_report_is_made_leaves_no_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(**_: Any) -> Report:
+        raise KeyboardInterrupt
+
+    model, batch = mlp(4, 4), torch.randn(8, 4)
+    state = State.of(model)
+    monkeypatch.setattr(importlib.import_module("sapq_triton.quantize"), "Report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, [batch], SPEC)
+    state.assert_all(model)
+
+
 def test_error_in_the_solver_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = image_model().train(), 0
 
@@ -242,6 +277,64 @@ def test_modes_of_the_caller_change_nothing(mode: Callable[[], Any]) -> None:
         state.assert_surroundings(model)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_autocast_of_a_forward_sees_the_quantized_weights() -> None:
+    """Its cache of casts would keep the weights that were."""
+    inputs = torch.randn(64, 16)
+
+    def run(model: nn.Module, batch: Tensor, caches: bool) -> object:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=caches):
+            return model(batch)
+
+    found = {}
+    for caches in (True, False):
+        torch.manual_seed(1)
+        model = mlp(16, 16, 16, 4)
+        with torch.autocast("cpu", torch.bfloat16):  # of the caller, around it all
+            before = model(inputs)
+            report = quantize(
+                model, [inputs], SPEC, forward=partial(run, caches=caches), drift_correction=0.5
+            )
+            assert (model(inputs) != before).any()
+        found[caches] = [layer.codes for layer in report.layers]
+        curves = error_curves(
+            mlp(16, 4), [inputs, inputs], SPEC, bits=[2], score="measured",
+            forward=partial(run, caches=caches),
+        )  # fmt: skip
+        assert curves.layers["0"].errors["measured"][0] > 1e-3
+    for with_cache, without in zip(found[True], found[False], strict=True):
+        assert torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_compiled_models_call_their_layers(replay: bool) -> None:
+    """Also when they were compiled before there was a hook."""
+    model, inputs = mlp(8, 8, 4).eval(), torch.randn(32, 8)
+    expected = quantize(copy.deepcopy(model), [inputs], SPEC)
+    compiled: Any = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(inputs)
+    report = quantize(compiled, [inputs], SPEC, replay=replay)
+    assert [layer.rows for layer in report.layers] == [32, 32]
+    for layer, other in zip(report.layers, expected.layers, strict=True):
+        assert torch.equal(layer.codes, other.codes)
+
+
+def test_variables_of_the_callers_context_are_there() -> None:
+    variable: ContextVar[float] = ContextVar("factor")
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp(8, 8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x * variable.get())
+
+    variable.set(2.0)
+    report = quantize(Reads(), [torch.randn(20, 8)] * 2, SPEC)
+    assert [layer.rows for layer in report.layers] == [40, 40]
 
 
 def test_transformer_with_padding_does_not_take_its_fast_path() -> None:

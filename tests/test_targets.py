@@ -114,6 +114,19 @@ def test_layers_that_differ_but_share_a_weight_are_left_alone() -> None:
     }
 
 
+def test_weights_tied_through_their_memory_are_one() -> None:
+    expected, model = TiedPair(), TiedPair()
+    model.load_state_dict(expected.state_dict())
+    model.outward.weight = nn.Parameter(model.inward.weight.data)
+    batch = torch.randn(20, 6)
+    reports = [quantize(m, [batch], SPEC) for m in (expected, model)]
+    assert [layer.name for layer in reports[1].layers] == ["inward", "between"]
+    assert reports[1]["inward"].notes == reports[0]["inward"].notes
+    for name in ("inward", "between"):
+        assert torch.equal(reports[1][name].codes, reports[0][name].codes)
+    assert torch.equal(model.outward.weight, reports[1]["inward"].dequantize()[0])
+
+
 def test_twin_of_a_skipped_layer_is_left_alone() -> None:
     report = quantize(TiedPair(), [torch.randn(9, 6)], SPEC, skip=["outward"])
     assert report.skipped == {
