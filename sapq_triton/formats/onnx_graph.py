@@ -354,6 +354,9 @@ def _fold(
         return "its parameters make NaN or Inf of the weight or the bias"
     weights[name] = weight
     set_parameter(graph, layer, 2, shift)
+    kept = [a for a in layer.attribute if a.name != "beta"]  # of a Gemm; 1 where it has none
+    del layer.attribute[:]
+    layer.attribute.extend(kept)
     layer.output[0] = norm.output[0]
     graph.remove(norm)
     return None
@@ -374,10 +377,13 @@ def _obstacle(graph: Graph, layer: onnx.NodeProto, norm: onnx.NodeProto) -> str 
 
 
 def _parameters(graph: Graph, layer: onnx.NodeProto, norm: onnx.NodeProto) -> list[Array]:
-    """gamma, beta, mean, variance, and the bias of the layer or 0, float64"""
+    """gamma, beta, mean, variance, and what the layer adds to its product or 0, float64"""
     names = [*norm.input[1:], *(name for name in layer.input[2:] if name)]
     found = [np.asarray(graph.constant(name), np.float64) for name in names]
-    return found if len(found) == 5 else [*found, np.zeros(1)]
+    if len(found) < 5:
+        return [*found, np.zeros(1)]
+    beta: Any = attributes(layer).get("beta", 1.0)  # a Gemm multiplies its bias by it
+    return [*found[:4], beta * found[4]]
 
 
 def make_gammas_positive(graph: Graph) -> None:
