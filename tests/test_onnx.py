@@ -212,6 +212,32 @@ def test_groups_become_blocks(source: Path, tmp_path: Path) -> None:
     assert set(report.skipped) >= {"depthwise_conv", "up_conv", "fc", "head"}
 
 
+@pytest.mark.parametrize("activations", [None, "uint8"])
+@pytest.mark.parametrize("opset, ir_version", [(9, 3), (17, 8)])
+def test_initializers_may_be_listed_as_inputs(
+    opset: int, ir_version: int, activations: Any, tmp_path: Path
+) -> None:
+    constants: dict[str, np.ndarray] = {"w1": random(3, 3, 1, 1), "w2": random(3, 3, 3, 3) / 4}
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["a"], "one"),
+        *batchnorm("a", 3, constants),
+        helper.make_node("Conv", ["a_norm", "w2"], ["y"], "two"),
+    ]
+    model = small(nodes, constants)
+    plain, out = tmp_path / "plain.onnx", tmp_path / "q.onnx"
+    onnx.save(model, plain)
+    model.ir_version, model.opset_import[0].version = ir_version, opset
+    for item in model.graph.initializer:
+        listed = helper.make_tensor_value_info(item.name, item.data_type, item.dims)
+        model.graph.input.append(listed)
+    onnx.save(model, tmp_path / "listed.onnx")
+    options = {"activations": activations, "ranges": "minmax"}
+    quantize_onnx(tmp_path / "listed.onnx", IMAGES, QuantSpec(6), out, **options)
+    quantize_onnx(plain, IMAGES, QuantSpec(6), tmp_path / "same.onnx", **options)
+    assert [item.name for item in onnx.load(out).graph.input] == ["x"]
+    np.testing.assert_array_equal(run(out), run(tmp_path / "same.onnx"))
+
+
 def test_float16_files_keep_their_dtype(tmp_path: Path) -> None:
     onnx.save(cnn(dtype=np.float16), tmp_path / "half.onnx")
     x, out = IMAGES.astype(np.float16), tmp_path / "q.onnx"

@@ -75,8 +75,9 @@ def quantize_onnx(
     A BatchNormalization that alone reads a quantized layer is folded into it, and with
     `activations` so is a Pad. With 8 bits, channels before a negative gamma are negated first, so
     that this needs no negative of -128; the codes of the report are those. All other nodes and
-    names stay. What was not quantized is in `Report.skipped`, and what was not done as asked in
-    the notes of the layer.
+    names stay; initializers that the file lists as inputs too are no inputs any more. What
+    was not quantized is in `Report.skipped`, and what was not done as asked in the notes of the
+    layer.
 
     onnxruntime runs a MatMul, or a Gemm without transB, on such a weight as MatMulNBits, which
     rounds its input to 8 bits unless the session has the configuration entry

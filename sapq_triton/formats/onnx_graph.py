@@ -72,6 +72,8 @@ class IntegerWeight:
 class Graph:
     """A model whose nodes and constants can be changed; `model()` builds the result.
 
+    Initializers that are listed as inputs too, defaults that a caller could replace, are constants.
+
     ValueError for a model without nodes, or with an operator set that has no DequantizeLinear per
     channel and cannot be converted to one that has.
     """
@@ -219,7 +221,8 @@ class Graph:
         for field, items in (
             (graph.node, self.nodes),
             (graph.initializer, list(self.initializers.values())),
-            (graph.input, [item for item in graph.input if item.name in values]),
+            # no initializers, which may be renamed, reshaped or made by a node by now
+            (graph.input, [item for item in graph.input if item.name in self.inputs]),
             (graph.value_info, [item for item in graph.value_info if item.name in values]),
         ):
             kept = [type(item).FromString(item.SerializeToString()) for item in items]
