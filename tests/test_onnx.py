@@ -303,6 +303,29 @@ def test_values_that_only_move_keep_their_grid(tmp_path: Path) -> None:
     assert stored["a_zero_point"] == stored["b_zero_point"]
 
 
+def test_activations_of_a_single_layer(source: Path, tmp_path: Path) -> None:
+    """The input of the graph is all that is quantized, and measured."""
+    model, x, out = cnn(), random(64, 4), tmp_path / "q.onnx"
+    gemm = next(node for node in model.graph.node if node.name == "fc")
+    gemm.input[0], gemm.output[0] = "x", "y"
+    single = helper.make_graph(
+        [gemm],
+        "single",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, (None, 4))],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, (None, 5))],
+        [tensor(model, "fc"), tensor(model, "fc_bias")],
+    )
+    onnx.save(helper.make_model(single, opset_imports=model.opset_import), tmp_path / "one.onnx")
+    quantize_onnx(tmp_path / "one.onnx", x, QuantSpec(7), out, activations="uint8")
+    assert merged(out).count("QGemm") == 1
+    assert_close_in_8_bits(run(out, x), run(tmp_path / "one.onnx", x))
+
+    others = ["depthwise*", "grouped*", "up*", "fc", "head"]
+    report = quantize_onnx(source, IMAGES, QuantSpec(7), out, activations="uint8", skip=others)
+    notes = {layer.name: layer.notes for layer in report.layers}
+    assert notes == {"stem_conv": ("computes on floats: no quantized layer follows",)}
+
+
 @pytest.mark.parametrize(
     "low, high, dtype, zero_point, ends",
     [
