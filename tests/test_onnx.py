@@ -530,6 +530,18 @@ def test_what_int8_cannot_hold_is_refused_before_the_work(source: Path, tmp_path
         quantize_onnx(source, iter(()), QuantSpec(4), tmp_path / "missing" / "q.onnx")
 
 
+def test_groups_across_channels_are_refused_before_the_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, out = QuantSpec(4, group_size=4), tmp_path / "q.onnx"
+    quantize_onnx(source, IMAGES, spec, out, skip=iter(["grouped*"]))  # the others hold it
+    quantize_onnx(source, IMAGES, spec, out, overrides={"grouped*": QuantSpec(4, group_size=18)})
+    monkeypatch.setattr(onnx_format, "quantize", lambda *_, **__: pytest.fail("solved"))
+    for one, options in ((spec, {}), (QuantSpec(4), {"overrides": {"grouped*": spec}})):
+        with pytest.raises(ValueError, match=r"'grouped_conv': groups of 4 .* multiples of 9"):
+            quantize_onnx(source, IMAGES, one, out, **options)
+
+
 def test_negative_gammas_cost_eight_bits_no_batchnorm(tmp_path: Path) -> None:
     model = cnn()
     edit("stem", lambda v: np.concatenate([-np.abs(v[:, :, :1]) * 3, v[:, :, 1:]], 2))(model)
