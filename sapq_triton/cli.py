@@ -3,11 +3,12 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -22,6 +23,12 @@ from .report_html import report_page
 from .spec import Order, QuantSpec
 
 MEGABYTE = 10**6
+# options of `quantize` that one kind of model alone has
+FOLDER_OPTIONS = (
+    "format", "samples", "sequence_length", "seed", "output_layer", "device", "dtype", "spill",
+    "restart", "deterministic", "timeout",
+)  # fmt: skip
+ONNX_OPTIONS = ("activations", "mean", "std", "size")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +47,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("quantize", help="quantize a model and save it")
-    command.set_defaults(run=_quantize)
     command.add_argument(
         "model", type=Path, help="folder of a transformers language model, or an ONNX file"
     )
@@ -99,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     onnx.add_argument("--mean", type=float, nargs="+", default=[0.0], help="of pixels, 0 to 255")
     onnx.add_argument("--std", type=float, nargs="+", default=[255.0], help="of pixels")
     onnx.add_argument("--size", type=int, help="side of the images (default: what the model takes)")
+    # None until the kind of the model is known, so that an option in vain is seen
+    defaults = {name: command.get_default(name) for name in (*FOLDER_OPTIONS, *ONNX_OPTIONS)}
+    command.set_defaults(run=partial(_quantize, defaults), **dict.fromkeys(defaults))
 
     command = commands.add_parser("inspect", help="show what a quantized folder or ONNX file holds")
     command.set_defaults(run=_inspect)
@@ -114,8 +123,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _quantize(arguments: argparse.Namespace) -> None:
-    if arguments.model.suffix == ".onnx":
+def _quantize(defaults: Mapping[str, Any], arguments: argparse.Namespace) -> None:
+    """ValueError for options of the other kind of model."""
+    onnx = arguments.model.suffix == ".onnx"
+    given = {name for name in defaults if getattr(arguments, name) is not None}
+    vain = [name for name in (FOLDER_OPTIONS if onnx else ONNX_OPTIONS) if name in given]
+    if vain:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in vain)
+        kind = "folders of language models" if onnx else "ONNX files, *.onnx"
+        raise ValueError(f"{options}: only for {kind}; the model is {arguments.model}")
+    for name in defaults.keys() - given:
+        setattr(arguments, name, defaults[name])
+    if onnx:
         _quantize_onnx(arguments)
     else:
         _quantize_folder(arguments)

@@ -150,6 +150,25 @@ def test_what_bfloat16_does_to_gptq_is_said(
     assert warned not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "model, option, kind",
+    [
+        ("model", ["--activations", "uint8"], "ONNX files, *.onnx"),
+        ("model", ["--mean", "0"], "ONNX files, *.onnx"),
+        ("model.onnx", ["--device", "cpu"], "folders of language models"),
+        ("model.onnx", ["--format", "gptq"], "folders of language models"),
+        ("model.onnx", ["--timeout", "30"], "folders of language models"),
+        ("model.onnx", ["--output-layer"], "folders of language models"),
+    ],
+)
+def test_options_of_the_other_kind_of_model_are_refused(
+    capsys: pytest.CaptureFixture[str], model: str, option: list[str], kind: str
+) -> None:
+    assert main(["quantize", model, "--calibration", "text", "--out", "out", *option]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"sapq-triton: {option[0]}: only for {kind}; the model is {model}"
+
+
 def test_the_output_layer_on_request(text: Path, tmp_path: Path) -> None:
     with torch.random.fork_rng():
         save_llama(tmp_path / "llama", num_hidden_layers=1)
@@ -209,7 +228,7 @@ def test_folders_that_are_refused(
 
     rest = ["--calibration", text, "--out", tmp_path / "out", *QUICK]
     refused("is not a model folder: it has no config.json", "quantize", tmp_path, *rest)
-    refused("No such file", "quantize", tmp_path / "model.onnx", *rest)
+    refused("No such file", "quantize", tmp_path / "model.onnx", *rest[:4])
     refused(
         "none.txt is not a file", "quantize", source, *rest[:1], tmp_path / "none.txt", *rest[2:]
     )

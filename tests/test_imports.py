@@ -169,7 +169,7 @@ ONNX_FILES = {  # file -> modules of ours that it may import: the graph knows no
     "onnx_module": {"onnx_graph"},
     "onnx_activations": {"onnx_graph", "onnx_module"},
     "onnx_calibration": {"onnx_graph"},
-    "onnx": {"layers", "packed", "quantize", "report", "spec"},
+    "onnx": {"layers", "packed", "quantize", "report", "spec", "targets"},
 }
 
 

@@ -212,6 +212,32 @@ def test_groups_become_blocks(source: Path, tmp_path: Path) -> None:
     assert set(report.skipped) >= {"depthwise_conv", "up_conv", "fc", "head"}
 
 
+@pytest.mark.parametrize("activations", [None, "uint8"])
+@pytest.mark.parametrize("opset, ir_version", [(9, 3), (17, 8)])
+def test_initializers_may_be_listed_as_inputs(
+    opset: int, ir_version: int, activations: Any, tmp_path: Path
+) -> None:
+    constants: dict[str, np.ndarray] = {"w1": random(3, 3, 1, 1), "w2": random(3, 3, 3, 3) / 4}
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["a"], "one"),
+        *batchnorm("a", 3, constants),
+        helper.make_node("Conv", ["a_norm", "w2"], ["y"], "two"),
+    ]
+    model = small(nodes, constants)
+    plain, out = tmp_path / "plain.onnx", tmp_path / "q.onnx"
+    onnx.save(model, plain)
+    model.ir_version, model.opset_import[0].version = ir_version, opset
+    for item in model.graph.initializer:
+        listed = helper.make_tensor_value_info(item.name, item.data_type, item.dims)
+        model.graph.input.append(listed)
+    onnx.save(model, tmp_path / "listed.onnx")
+    options = {"activations": activations, "ranges": "minmax"}
+    quantize_onnx(tmp_path / "listed.onnx", IMAGES, QuantSpec(6), out, **options)
+    quantize_onnx(plain, IMAGES, QuantSpec(6), tmp_path / "same.onnx", **options)
+    assert [item.name for item in onnx.load(out).graph.input] == ["x"]
+    np.testing.assert_array_equal(run(out), run(tmp_path / "same.onnx"))
+
+
 def test_float16_files_keep_their_dtype(tmp_path: Path) -> None:
     onnx.save(cnn(dtype=np.float16), tmp_path / "half.onnx")
     x, out = IMAGES.astype(np.float16), tmp_path / "q.onnx"
@@ -275,6 +301,29 @@ def test_values_that_only_move_keep_their_grid(tmp_path: Path) -> None:
     stored = {item.name: numpy_helper.to_array(item) for item in onnx.load(out).graph.initializer}
     assert stored["a_scale"] == stored["b_scale"] != stored["x_scale"]
     assert stored["a_zero_point"] == stored["b_zero_point"]
+
+
+def test_activations_of_a_single_layer(source: Path, tmp_path: Path) -> None:
+    """The input of the graph is all that is quantized, and measured."""
+    model, x, out = cnn(), random(64, 4), tmp_path / "q.onnx"
+    gemm = next(node for node in model.graph.node if node.name == "fc")
+    gemm.input[0], gemm.output[0] = "x", "y"
+    single = helper.make_graph(
+        [gemm],
+        "single",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, (None, 4))],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, (None, 5))],
+        [tensor(model, "fc"), tensor(model, "fc_bias")],
+    )
+    onnx.save(helper.make_model(single, opset_imports=model.opset_import), tmp_path / "one.onnx")
+    quantize_onnx(tmp_path / "one.onnx", x, QuantSpec(7), out, activations="uint8")
+    assert merged(out).count("QGemm") == 1
+    assert_close_in_8_bits(run(out, x), run(tmp_path / "one.onnx", x))
+
+    others = ["depthwise*", "grouped*", "up*", "fc", "head"]
+    report = quantize_onnx(source, IMAGES, QuantSpec(7), out, activations="uint8", skip=others)
+    notes = {layer.name: layer.notes for layer in report.layers}
+    assert notes == {"stem_conv": ("computes on floats: no quantized layer follows",)}
 
 
 @pytest.mark.parametrize(
@@ -479,6 +528,18 @@ def test_what_int8_cannot_hold_is_refused_before_the_work(source: Path, tmp_path
             quantize_onnx(source, iter(()), spec, tmp_path / "q.onnx", **options)
     with pytest.raises(ValueError, match="no folder"):
         quantize_onnx(source, iter(()), QuantSpec(4), tmp_path / "missing" / "q.onnx")
+
+
+def test_groups_across_channels_are_refused_before_the_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, out = QuantSpec(4, group_size=4), tmp_path / "q.onnx"
+    quantize_onnx(source, IMAGES, spec, out, skip=iter(["grouped*"]))  # the others hold it
+    quantize_onnx(source, IMAGES, spec, out, overrides={"grouped*": QuantSpec(4, group_size=18)})
+    monkeypatch.setattr(onnx_format, "quantize", lambda *_, **__: pytest.fail("solved"))
+    for one, options in ((spec, {}), (QuantSpec(4), {"overrides": {"grouped*": spec}})):
+        with pytest.raises(ValueError, match=r"'grouped_conv': groups of 4 .* multiples of 9"):
+            quantize_onnx(source, IMAGES, one, out, **options)
 
 
 def test_negative_gammas_cost_eight_bits_no_batchnorm(tmp_path: Path) -> None:

@@ -147,6 +147,7 @@ FOLDS = {
     "transposed, grouped": ("ConvTranspose", (4, 3, 3, 3), 6, {"group": 2}, (0, 2, (2, 3, 3, 3))),
     "gemm": ("Gemm", (6, 8), 6, {"transB": 1}, (0, 0, 6)),
     "gemm, not transposed": ("Gemm", (8, 6), 6, {}, (1, 0, 6)),
+    "gemm, scaled": ("Gemm", (6, 8), 6, {"transB": 1, "alpha": 2.0, "beta": 0.5}, (0, 0, 6)),
 }
 
 

@@ -239,6 +239,13 @@ def test_constant_output_and_unknown_ranks() -> None:
     assert not list(built.children())
 
 
+@pytest.mark.parametrize("name", ["_steps", "_freed", "_fixed", "forward", "training"])
+def test_nodes_may_have_names_of_attributes(name: str) -> None:
+    node = helper.make_node("Conv", ["x", "w"], ["y"], name)
+    built = assert_same(model([node], {"x": X2.shape}, {"w": random(4, 4, 3, 3)}), X2)
+    assert list(built.nodes) == [f"{name}_"]
+
+
 def test_inputs_must_be_those_of_the_graph() -> None:
     built = OnnxModule(residual())
     x = torch.from_numpy(X2)

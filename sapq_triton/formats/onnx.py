@@ -22,11 +22,12 @@ import torch
 from google.protobuf.message import DecodeError  # what onnx.load raises
 from torch import Tensor, nn
 
-from ..layers import as_weight, find_layers
+from ..layers import as_weight, find_layers, weight_matrix, window_size
 from ..packed import PACKED, PackedWeight
 from ..quantize import quantize
 from ..report import Report
 from ..spec import QuantSpec
+from ..targets import find_targets
 from .onnx_activations import ActivationDtype, RangeRule, check_options, quantize_activations
 from .onnx_calibration import calibration_batches
 from .onnx_graph import (
@@ -75,8 +76,9 @@ def quantize_onnx(
     A BatchNormalization that alone reads a quantized layer is folded into it, and with
     `activations` so is a Pad. With 8 bits, channels before a negative gamma are negated first, so
     that this needs no negative of -128; the codes of the report are those. All other nodes and
-    names stay. What was not quantized is in `Report.skipped`, and what was not done as asked in
-    the notes of the layer.
+    names stay; initializers that the file lists as inputs too are no inputs any more. What
+    was not quantized is in `Report.skipped`, and what was not done as asked in the notes of the
+    layer.
 
     onnxruntime runs a MatMul, or a Gemm without transB, on such a weight as MatMulNBits, which
     rounds its input to 8 bits unless the session has the configuration entry
@@ -101,6 +103,7 @@ def quantize_onnx(
     module = OnnxModule(model)
     if activations is not None:
         _check_float32(Graph(model), module)
+    _check_groups(module, spec, options)
     tensors = [{name: torch.from_numpy(part) for name, part in one.items()} for one in batches]
     report = quantize(module, tensors, spec, **options)
 
@@ -238,15 +241,21 @@ def integer_weight(
     first = scales[tuple(slice(None) if a == axis else slice(1) for a in range(scales.ndim))]
     if (scales == first).all():
         return IntegerWeight(stored, first.reshape(-1).copy(), axis, 0, spec.bits)
-    window = int(np.prod(stored.shape[2:]))
+    block = _block(name, layer, columns)
+    kept = np.ascontiguousarray(scales.take(range(0, stored.shape[inner], block), inner))
+    return IntegerWeight(stored, kept, inner, block, spec.bits)
+
+
+def _block(name: str, layer: Any, columns: int) -> int:
+    """Input channels of a group of columns, which are whole ones."""
+    window = window_size(layer)
     block, rest = divmod(columns, window)
     if rest:
         raise ValueError(
-            f"{name!r}: groups of {spec.group_size} columns do not hold whole input channels of "
+            f"{name!r}: groups of {columns} columns do not hold whole input channels of "
             f"{window} weights each; legal are -1 and multiples of {window}"
         )
-    kept = np.ascontiguousarray(scales.take(range(0, stored.shape[inner], block), inner))
-    return IntegerWeight(stored, kept, inner, block, spec.bits)
+    return block
 
 
 def _needed_opset(weights: Mapping[str, IntegerWeight]) -> int:
@@ -270,6 +279,19 @@ def _check_spec(spec: object) -> None:
             f"{spec} does not fit into int8 with zero point 0; legal are symmetric=True at up to "
             "8 bits, and asymmetric grids of up to 7 bits"
         )
+
+
+def _check_groups(module: OnnxModule, spec: QuantSpec, options: dict[str, Any]) -> None:
+    """The same for groups, of the layers that `quantize` will find with these options."""
+    skip, overrides = options.get("skip", ()), dict(options.get("overrides") or {})
+    specs = (spec, *overrides.values())
+    if isinstance(skip, str) or not all(isinstance(each, QuantSpec) for each in specs):
+        return
+    options["skip"] = list(skip)  # maybe of an iterator
+    targets, _ = find_targets(module, spec, options["skip"], overrides)
+    for name, target in targets.items():
+        columns = target.spec.columns_per_group(weight_matrix(target.module).shape[2])
+        _block(name, target.module, columns)
 
 
 def _transposed(weight: IntegerWeight) -> IntegerWeight:

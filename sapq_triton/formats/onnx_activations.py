@@ -200,7 +200,8 @@ def _ranges(
     inner = [name for name in names if name in {x.name for x in running.get_outputs()}]
 
     def values(batch: Mapping[str, Array]) -> dict[str, Array]:
-        return {**batch, **dict(zip(inner, running.run(inner, dict(batch)), strict=True))}
+        made = running.run(inner, dict(batch)) if inner else []  # it takes [] for all outputs
+        return {**batch, **dict(zip(inner, made, strict=True))}
 
     extremes = {name: (0.0, 0.0) for name in names}
     for batch in batches:

@@ -72,6 +72,8 @@ class IntegerWeight:
 class Graph:
     """A model whose nodes and constants can be changed; `model()` builds the result.
 
+    Initializers that are listed as inputs too, defaults that a caller could replace, are constants.
+
     ValueError for a model without nodes, or with an operator set that has no DequantizeLinear per
     channel and cannot be converted to one that has.
     """
@@ -219,7 +221,8 @@ class Graph:
         for field, items in (
             (graph.node, self.nodes),
             (graph.initializer, list(self.initializers.values())),
-            (graph.input, [item for item in graph.input if item.name in values]),
+            # no initializers, which may be renamed, reshaped or made by a node by now
+            (graph.input, [item for item in graph.input if item.name in self.inputs]),
             (graph.value_info, [item for item in graph.value_info if item.name in values]),
         ):
             kept = [type(item).FromString(item.SerializeToString()) for item in items]
@@ -354,6 +357,9 @@ def _fold(
         return "its parameters make NaN or Inf of the weight or the bias"
     weights[name] = weight
     set_parameter(graph, layer, 2, shift)
+    kept = [a for a in layer.attribute if a.name != "beta"]  # of a Gemm; 1 where it has none
+    del layer.attribute[:]
+    layer.attribute.extend(kept)
     layer.output[0] = norm.output[0]
     graph.remove(norm)
     return None
@@ -374,10 +380,13 @@ def _obstacle(graph: Graph, layer: onnx.NodeProto, norm: onnx.NodeProto) -> str 
 
 
 def _parameters(graph: Graph, layer: onnx.NodeProto, norm: onnx.NodeProto) -> list[Array]:
-    """gamma, beta, mean, variance, and the bias of the layer or 0, float64"""
+    """gamma, beta, mean, variance, and what the layer adds to its product or 0, float64"""
     names = [*norm.input[1:], *(name for name in layer.input[2:] if name)]
     found = [np.asarray(graph.constant(name), np.float64) for name in names]
-    return found if len(found) == 5 else [*found, np.zeros(1)]
+    if len(found) < 5:
+        return [*found, np.zeros(1)]
+    beta: Any = attributes(layer).get("beta", 1.0)  # a Gemm multiplies its bias by it
+    return [*found[:4], beta * found[4]]
 
 
 def make_gammas_positive(graph: Graph) -> None:

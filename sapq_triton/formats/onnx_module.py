@@ -44,6 +44,8 @@ class OnnxModule(nn.Module):
         self.nodes: dict[str, onnx.NodeProto] = {}
         self.left_out: dict[str, str] = {}
         self._steps: list[_LayerStep | _Segment] = []
+        self._freed: list[list[str]] = []  # after each step; set here, lest a layer has the name
+        self._fixed: dict[str, Tensor] = {}  # outputs that are constants
         parameters: dict[str, nn.Parameter] = {}  # nodes that share a weight share the parameter
         waiting: list[onnx.NodeProto] = []
         layers = {id(node): _build(graph, node) for node in graph.nodes}
@@ -74,7 +76,6 @@ class OnnxModule(nn.Module):
         if waiting:
             self._steps.append(_Segment(graph, waiting))
         self._freed = _last_reads(self._steps, set(self.outputs))
-        self._fixed: dict[str, Tensor] = {}  # outputs that are constants
         made = {value for step in self._steps for value in step.outputs}
         for value in set(self.outputs) - made - set(self.inputs):
             self._fixed[value] = torch.tensor(graph.constant(value))
