@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layers
-from .blockwise import Blockwise
+from .blockwise import Blockwise, check_solve
 from .experts import unfuse
 from .formats import find_format
 from .formats.folder import CONFIG, Tensors, optional, read_json, refuse_foreign, sha256
@@ -90,6 +90,8 @@ def quantize_folder(
     spec = QuantSpec(bits, group_size, symmetric, scale_dtype="float16")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
+    check_solve(preset, order)
+    check_device(device)
     _check_folders(source, target)
     skip = list(skip)
     model, sequences = _load(source, Path(calibration), samples, sequence_length, seed)
@@ -145,6 +147,17 @@ def quantize_folder(
             parts = [job.part(number) for number in range(len(reports))]
             join(parts, target, format, content, companions, report)
     return report
+
+
+def check_device(device: str) -> None:
+    """ValueError where a tensor cannot be, or has no data."""
+    try:
+        torch.zeros(1, device=torch.device(device)).item()
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:  # each of some device
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f'device must be one that this PyTorch computes on, as "cpu", got {device!r}: {reason}'
+        ) from error
 
 
 def _check_folders(source: Path, target: Path) -> None:
