@@ -65,7 +65,9 @@ def quantize_folder(
     target: folder to write, as `save` does. calibration: text in UTF-8, of which `samples`
     sequences of `sequence_length` tokens are drawn, without overlap, by `seed`.
     bits, group_size, symmetric: as in QuantSpec; scales are float16, or for "compressed-tensors"
-        of the dtype of the model. format: as in `save`. preset, order: as in `quantize`.
+        of the dtype of the model. format: as in `save`, but that "gptq" is symmetric here: it
+        cannot hold zero points of 0, which a block may turn out to have when others are done.
+    preset, order: as in `quantize`.
     skip: glob patterns of layer names. output_layer: quantize also the layer that makes logits.
     dtype: one of "auto" (as stored), "float32", "float16", "bfloat16".
 
@@ -90,6 +92,11 @@ def quantize_folder(
     spec = QuantSpec(bits, group_size, symmetric, scale_dtype="float16")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
+    if format == "gptq" and not symmetric:
+        raise ValueError(
+            "format 'gptq' cannot hold a zero point of 0, which an asymmetric group may turn out "
+            "to have: use format 'gptq_v2', 'compressed-tensors' or 'sapq', or symmetric=True"
+        )
     check_solve(preset, order)
     check_device(device)
     _check_folders(source, target)

@@ -176,6 +176,8 @@ ERRORS = [
     (["--bits", "5"], None, "5 bits; gptq holds (2, 3, 4, 8): use format 'compressed-tensors'"),
     (["--bits", "9"], None, "bits must be an integer from 2 to 8, got 9"),
     (["--group-size", "8"], None, "groups of 8 columns; gptq is read with"),
+    (["--asymmetric"], None, "format 'gptq' cannot hold a zero point of 0, which an asymmetric "
+     "group may turn out to have: use format 'gptq_v2'"),
     (["--skip", "nothing"], None, "pattern 'nothing' matches no layer"),
 ]  # fmt: skip
 
