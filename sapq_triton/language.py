@@ -150,7 +150,9 @@ def quantize_folder(
         told |= {"model": type(model).__name__}
         report = Report.of_parts(reports, skipped, told)
         if ranks.rank == 0:
-            companions = [p for p in sorted(source.iterdir()) if p.name.startswith(COMPANIONS)]
+            companions = [
+                p for p in sorted(source.iterdir()) if p.is_file() and p.name.startswith(COMPANIONS)
+            ]
             parts = [job.part(number) for number in range(len(reports))]
             join(parts, target, format, content, companions, report)
     return report

@@ -29,6 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_llama(folder, tie_word_embeddings=True)
     (folder / "LICENSE.txt").write_text("of the model")
     (folder / "README.md").write_text("of the original")
+    (folder / "tokenizer_old").mkdir()  # a folder is no companion
     return folder
 
 
