@@ -92,6 +92,8 @@ def quantize_folder(
     spec = QuantSpec(bits, group_size, symmetric, scale_dtype="float16")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
+    if isinstance(skip, str):
+        raise ValueError(f"skip must be an iterable of patterns, got {skip!r}; pass [{skip!r}]")
     if format == "gptq" and not symmetric:
         raise ValueError(
             "format 'gptq' cannot hold a zero point of 0, which an asymmetric group may turn out "

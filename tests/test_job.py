@@ -144,6 +144,7 @@ def test_other_options_are_refused(
         (dict(device="meta"), "device must be one that this PyTorch computes on"),
         (dict(device="banana"), "got 'banana': Expected one of"),
         (dict(device="xpu:99"), "got 'xpu:99': "),
+        (dict(skip="lm_head"), "skip must be an iterable of patterns, got 'lm_head'; pass ['lm_"),
     ],
 )
 def test_bad_options_leave_no_job(source: Path, options: dict[str, Any], message: str) -> None:
