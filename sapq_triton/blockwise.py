@@ -12,12 +12,23 @@ from .formats import save_part
 from .formats.job import Activations, Job, Role
 from .forward import Forward
 from .layers import find_layers
+from .preset import PresetName, choose
 from .progress import Advance
 from .quantize import quantize
 from .ranks import Ranks
 from .report import Report
-from .spec import QuantSpec
+from .solver import solve
+from .solving import DAMP
+from .spec import Order, QuantSpec
 from .stream import Chain, isolated, leave_gaps, run_behind
+
+
+def check_solve(preset: PresetName, order: Order | None) -> None:
+    """ValueError that else came in the middle of a job, which then refuses the corrected call."""
+    options = choose(preset, order=order, damp=DAMP)
+    del options["drift_correction"]
+    one = torch.ones(1, 1)
+    solve(one, one, QuantSpec(), **options, backend="reference")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from .compare import compare
 from .formats import FORMATS, Stored
 from .formats.folder import CONFIG, read_json
-from .language import DTYPES, quantize_folder
+from .language import DTYPES, check_device, quantize_folder
 from .preset import PresetName
 from .report import Report
 from .report_files import read_report
@@ -170,6 +170,7 @@ def _processes(device: str, minutes: float) -> Iterator[tuple[bool, str]]:
         return
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        check_device(device)
         torch.cuda.set_device(device)
     # what is no tensor of a device goes by gloo, which knows at once when a process is gone
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"

@@ -73,18 +73,21 @@ def error_curves(
 
     In memory at once: the Hessians of all layers, and the codes of all layers at all widths. Layers
     that no batch of either part reaches have no curve, but a reason in `skipped`. ValueError for
-    bad arguments, and where a score needs a gradient that the model does not let through.
+    bad arguments, for a model of which no layer is left to measure, and where a score needs a
+    gradient that the model does not let through.
     """
     wanted = (score,) if isinstance(score, str) else tuple(dict.fromkeys(score))
     widths = check_bits(bits)
     middle = widths[(len(widths) - 1) // 2] if measured_bits is None else measured_bits
-    _check(wanted, batches, spec, skip, loss, samples, middle, widths)
+    _check(wanted, batches, held_out, spec, skip, loss, samples, middle, widths)
     fit, test = _split(batches, held_out)
     options = {**options, "measure": False}
     # a problem of one weight: the solver says what it thinks of its options before the model runs
     one, sparse = torch.ones(1, 1), QuantSpec(sparsity=0.5 if spec.sparsity else None)
     solve(one, one, sparse, **{**options, "backend": "reference"})
     targets, skipped = find_targets(model, spec, list(skip), {})
+    if not targets:
+        raise ValueError(f"no layer to measure; left out: {skipped or 'none found'}")
     device = next(model.parameters()).device
 
     def run(batch: Any) -> object:
@@ -152,6 +155,7 @@ def error_curves(
 def _check(
     wanted: tuple[str, ...],
     batches: object,
+    held_out: object,
     spec: object,
     skip: object,
     loss: object,
@@ -164,10 +168,11 @@ def _check(
             raise ValueError(f"score must be one of {get_args(Score)}, got {name!r}")
     if not wanted:
         raise ValueError(f"score is empty: one at least of {get_args(Score)}")
-    if isinstance(batches, Tensor | Mapping):
-        raise ValueError(
-            f"batches must be an iterable of batches, got one {type(batches).__name__}"
-        )
+    for name, value in (("batches", batches), ("held_out", held_out)):
+        if isinstance(value, Tensor | Mapping):
+            raise ValueError(
+                f"{name} must be an iterable of batches, got one {type(value).__name__}"
+            )
     if isinstance(skip, str):
         raise ValueError(f"skip must be an iterable of patterns, got {skip!r}; pass [{skip!r}]")
     if not isinstance(spec, QuantSpec):

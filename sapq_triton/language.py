@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layers
-from .blockwise import Blockwise
+from .blockwise import Blockwise, check_solve
 from .experts import unfuse
 from .formats import find_format
 from .formats.folder import CONFIG, Tensors, optional, read_json, refuse_foreign, sha256
@@ -65,7 +65,9 @@ def quantize_folder(
     target: folder to write, as `save` does. calibration: text in UTF-8, of which `samples`
     sequences of `sequence_length` tokens are drawn, without overlap, by `seed`.
     bits, group_size, symmetric: as in QuantSpec; scales are float16, or for "compressed-tensors"
-        of the dtype of the model. format: as in `save`. preset, order: as in `quantize`.
+        of the dtype of the model. format: as in `save`, but that "gptq" is symmetric here: it
+        cannot hold zero points of 0, which a block may turn out to have when others are done.
+    preset, order: as in `quantize`.
     skip: glob patterns of layer names. output_layer: quantize also the layer that makes logits.
     dtype: one of "auto" (as stored), "float32", "float16", "bfloat16".
 
@@ -90,6 +92,15 @@ def quantize_folder(
     spec = QuantSpec(bits, group_size, symmetric, scale_dtype="float16")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
+    if isinstance(skip, str):
+        raise ValueError(f"skip must be an iterable of patterns, got {skip!r}; pass [{skip!r}]")
+    if format == "gptq" and not symmetric:
+        raise ValueError(
+            "format 'gptq' cannot hold a zero point of 0, which an asymmetric group may turn out "
+            "to have: use format 'gptq_v2', 'compressed-tensors' or 'sapq', or symmetric=True"
+        )
+    check_solve(preset, order)
+    check_device(device)
     _check_folders(source, target)
     skip = list(skip)
     model, sequences = _load(source, Path(calibration), samples, sequence_length, seed)
@@ -141,10 +152,23 @@ def quantize_folder(
         told |= {"model": type(model).__name__}
         report = Report.of_parts(reports, skipped, told)
         if ranks.rank == 0:
-            companions = [p for p in sorted(source.iterdir()) if p.name.startswith(COMPANIONS)]
+            companions = [
+                p for p in sorted(source.iterdir()) if p.is_file() and p.name.startswith(COMPANIONS)
+            ]
             parts = [job.part(number) for number in range(len(reports))]
             join(parts, target, format, content, companions, report)
     return report
+
+
+def check_device(device: str) -> None:
+    """ValueError where a tensor cannot be, or has no data."""
+    try:
+        torch.zeros(1, device=torch.device(device)).item()
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:  # each of some device
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f'device must be one that this PyTorch computes on, as "cpu", got {device!r}: {reason}'
+        ) from error
 
 
 def _check_folders(source: Path, target: Path) -> None:

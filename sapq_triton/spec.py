@@ -140,6 +140,8 @@ class QuantSpec:
 
 def check_bits(bits: Iterable[int]) -> tuple[int, ...]:
     """Several widths, ascending; ValueError for none, and for what `QuantSpec` refuses."""
+    if not isinstance(bits, Iterable):
+        raise ValueError(f"bits must be an iterable of integers from 2 to 8, got {bits!r}")
     widths = tuple(bits)
     for width in widths:
         QuantSpec(bits=width)

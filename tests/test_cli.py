@@ -1,6 +1,7 @@
 """The command line, from a folder of a small random Llama to files and back."""
 
 import json
+import resource
 import runpy
 import shutil
 import sys
@@ -29,6 +30,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_llama(folder, tie_word_embeddings=True)
     (folder / "LICENSE.txt").write_text("of the model")
     (folder / "README.md").write_text("of the original")
+    (folder / "tokenizer_old").mkdir()  # a folder is no companion
     return folder
 
 
@@ -195,6 +197,8 @@ ERRORS = [
     (["--bits", "5"], None, "5 bits; gptq holds (2, 3, 4, 8): use format 'compressed-tensors'"),
     (["--bits", "9"], None, "bits must be an integer from 2 to 8, got 9"),
     (["--group-size", "8"], None, "groups of 8 columns; gptq is read with"),
+    (["--asymmetric"], None, "format 'gptq' cannot hold a zero point of 0, which an asymmetric "
+     "group may turn out to have: use format 'gptq_v2'"),
     (["--skip", "nothing"], None, "pattern 'nothing' matches no layer"),
 ]  # fmt: skip
 
@@ -239,6 +243,44 @@ def test_folders_that_are_refused(
     refused("none is not a folder", "inspect", tmp_path / "none")
     assert quantize(source, text, tmp_path / "out") == 0
     refused("is quantized already", "quantize", tmp_path / "out", *rest)
+
+
+@pytest.mark.parametrize("options", [[], ["--spill"]])
+def test_a_full_disk_is_one_line(
+    source: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, before[1]))  # less than a block takes
+    try:
+        assert quantize(source, text, tmp_path / "out", "--preset", "fast", *options) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("sapq-triton: ") and "safetensors cannot be written" in line
+    assert "File too large" in line and not (tmp_path / "out").exists()
+    assert quantize(source, text, tmp_path / "out", "--preset", "fast", *options) == 0
+
+
+@pytest.mark.parametrize("device", ["banana", "xpu:99"])
+def test_a_device_that_is_none_is_one_line(
+    source: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+) -> None:
+    assert quantize(source, text, tmp_path / "out", "--device", device) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sapq-triton: device must be one") and error.count("\n") == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")  # of torchrun
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    assert quantize(source, text, tmp_path / "out", "--device", "cuda") == 2
+    assert "got 'cuda:99'" in capsys.readouterr().err
 
 
 def test_damaged_weights_are_one_line(

@@ -554,12 +554,16 @@ def test_inputs_that_are_not_finite() -> None:
         ({"score": "hessian"}, r"score must be one of \('fisher', .*\), got 'hessian'"),
         ({"score": ()}, "score is empty"),
         ({"bits": [4, 9]}, "bits must be an integer from 2 to 8, got 9"),
+        ({"bits": 4}, "bits must be an iterable of integers from 2 to 8, got 4"),
         ({"loss": "mse"}, r"loss must be one of \('kl', 'squared'\) or None, got 'mse'"),
         ({"samples": 0}, "samples must be an integer of at least 1, got 0"),
         ({"measured_bits": 4}, r"measured_bits must be one of bits \(2, 3, 5\), got 4"),
         ({"skip": "head"}, r"skip must be an iterable of patterns, got 'head'"),
         ({"skip": ["nothing*"]}, "pattern 'nothing\\*' matches no layer"),
         ({"held_out": []}, "held_out is empty"),
+        ({"held_out": torch.ones(2, 3, 7, 7)}, "held_out must be an iterable .*, got one Tensor"),
+        ({"held_out": {"x": 1}}, "held_out must be an iterable of batches, got one dict"),
+        ({"skip": ["*"]}, "no layer to measure; left out: {'0': 'as asked'"),
         ({"order": "best"}, "order must be one of"),
         ({"block": 0}, "block must be an integer of at least 1"),
     ],
@@ -567,6 +571,18 @@ def test_inputs_that_are_not_finite() -> None:
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         curves_of(cnn(), images(2), "relative", **options)
+
+
+def test_models_in_which_nothing_is_left_to_measure() -> None:
+    rows = [torch.randn(5, 4) for _ in range(2)]
+    packed = nn.Sequential(nn.Linear(4, 4, bias=False))
+    quantize(packed, rows, QuantSpec(4), pack=True, progress=False)
+    for model, why in (
+        (nn.Sequential(nn.ReLU()), "none"),
+        (packed, "{'0': 'it is packed already'}"),
+    ):
+        with pytest.raises(ValueError, match=f"no layer to measure; left out: {why}"):
+            curves_of(model, rows, "relative")
 
 
 def test_bad_batches() -> None:

@@ -268,6 +268,16 @@ def test_rows_without_a_batch_are_one_sample() -> None:
     assert gptq.nsamples == 5
 
 
+@pytest.mark.parametrize("make", LAYERS)
+def test_empty_batches_count_for_nothing(make: Any) -> None:
+    layer, inputs = make()
+    gptq, expected = GPTQ(layer), GPTQ(layer)
+    for batch in (inputs[:0], inputs, inputs[:0]):
+        gptq.add_batch(batch)
+    expected.add_batch(inputs)
+    assert gptq.nsamples == len(inputs) and torch.equal(gptq._hessian(), expected._hessian())
+
+
 def test_columns_that_never_fired_are_rounded_not_zeroed() -> None:
     layer, inputs = linear()
     inputs[..., [3, 50]] = 0
@@ -371,6 +381,7 @@ def test_keywords_twice_or_unknown() -> None:
     "call, message",
     [
         (lambda gptq: gptq.fasterquant(groupsize=0), "groupsize must be positive"),
+        (lambda gptq: gptq.fasterquant(groupsize=2.5), "groupsize must be an integer, got 2.5"),
         (lambda gptq: gptq.fasterquant(blocksize=0), "blocksize must be"),
         (lambda gptq: gptq.fasterquant(percdamp=-1), "damp must be"),
         (lambda gptq: (gptq.free(), gptq.fasterquant()), "free"),

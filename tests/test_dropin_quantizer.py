@@ -1,5 +1,6 @@
 """Grids with the interface of the published Quantizer."""
 
+import math
 from typing import Any
 
 import pytest
@@ -101,7 +102,17 @@ def test_trits() -> None:
     assert not quantizer.enabled()
 
 
-@pytest.mark.parametrize("arguments", [{"bits": 1}, {"bits": 4, "grid": 0}, {"bits": 4, "norm": 0}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"bits": 1},
+        {"bits": 4, "grid": 0},
+        {"bits": 4, "grid": math.nan},
+        {"bits": 4, "norm": 0},
+        {"bits": 4, "norm": math.nan},
+        {"bits": 4, "norm": math.inf},
+    ],
+)
 def test_bad_configurations(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
         configured(**arguments)

@@ -229,6 +229,15 @@ def test_singular_hessians_get_one_on_their_diagonal() -> None:
     torch.testing.assert_close(matrices(obs)[0], expected, rtol=1e-3, atol=1e-4)
 
 
+def test_empty_batches_count_for_nothing() -> None:
+    obs, inputs = TrueOBS(nn.Linear(16, 4)), torch.randn(5, 16)
+    expected = TrueOBS(obs.layer)
+    expected.add_batch(inputs)
+    for batch in (inputs[:0], inputs, inputs[:0]):
+        obs.add_batch(batch)
+    assert obs.nsamples == 5 and torch.equal(obs._hessian(), expected._hessian())
+
+
 def test_signatures() -> None:
     def defaults(function: Any) -> dict[str, Any]:
         return {
@@ -249,6 +258,7 @@ def test_signatures() -> None:
         (lambda obs: obs.quantize(parallel=0), "parallel"),
         (lambda obs: obs.nmprune(5, 4), "0 < n <= m"),
         (lambda obs: obs.nmprune(2, 5), "divisor of 16"),
+        (lambda obs: obs.nmprune(2.0, 4), "must be integers, got n = 2.0, m = 4"),
         (lambda obs: obs.prune_unstr([0.5]), "prepare_unstr"),
         (lambda obs: (obs.prepare_unstr(), obs.prune_unstr([1.5])), "from 0 to 1"),
         (lambda obs: (obs.free(), obs.quantize()), "free"),

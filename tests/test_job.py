@@ -136,6 +136,24 @@ def test_other_options_are_refused(
     assert run(source)  # as it was begun
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(preset="bad"), "preset must be one of ('best', 'fast'), got 'bad'"),
+        (dict(order="bogus"), "order must be one of"),
+        (dict(device="meta"), "device must be one that this PyTorch computes on"),
+        (dict(device="banana"), "got 'banana': Expected one of"),
+        (dict(device="xpu:99"), "got 'xpu:99': "),
+        (dict(skip="lm_head"), "skip must be an iterable of patterns, got 'lm_head'; pass ['lm_"),
+    ],
+)
+def test_bad_options_leave_no_job(source: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        run(source, **options)
+    assert message in str(error.value)
+    assert not job_folder(source.parent / "out").exists()
+
+
 def test_other_inputs_are_refused(source: Path, interrupted: Callable[..., Path]) -> None:
     interrupted(1)
     text = source.parent / "text.txt"

@@ -91,7 +91,7 @@ class GPTQ(LayerProblem):
         self.precision, self.backend = precision, backend
 
     def add_batch(self, inp: Tensor, out: Tensor | None = None) -> None:
-        """inp: what the layer was called with. out: not used."""
+        """inp: what the layer was called with; an empty one counts for nothing. out: not used."""
         sequence = self.layer.weight.ndim == 2 and inp.ndim == 2  # rows of one sample
         self._add(inp, 1 if sequence else inp.shape[0])
 
@@ -115,6 +115,8 @@ class GPTQ(LayerProblem):
         other names of the same. ValueError for what the solver does not take, TypeError for
         unknown keywords.
         """
+        if isinstance(groupsize, bool) or not isinstance(groupsize, int):
+            raise ValueError(f"groupsize must be an integer, got {groupsize!r}")
         if groupsize != -1 and groupsize < 1:
             raise ValueError(f"groupsize must be positive, or -1 for all columns, got {groupsize}")
         if isinstance(blocksize, bool) or not isinstance(blocksize, int) or blocksize < 1:

@@ -47,6 +47,8 @@ class LayerProblem:
     def _add(self, inputs: Tensor, samples: int) -> None:
         hessian = self._hessian()
         rows, window = layers.input_rows(self.layer, inputs.to(self.dev))
+        if rows.numel() == 0:
+            return
         check_finite(rows, f"the input of this {type(self.layer).__name__}")
         added = torch.zeros_like(hessian)
         ops.accumulate_hessian(added, rows, window)

@@ -1,5 +1,7 @@
 """The grid of a layer, with the interface of the published `quant.Quantizer`."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -50,9 +52,9 @@ class Quantizer(nn.Module):
         """
         if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
             raise ValueError(f"bits must be an integer from 2 to 8, got {bits!r}")
-        if grid < 1 or not 0 < maxshrink <= 1 or norm <= 0:
+        if not grid >= 1 or not 0 < maxshrink <= 1 or not 0 < norm < math.inf:
             raise ValueError(
-                "grid must be at least 1, maxshrink in (0, 1], norm positive, "
+                "grid must be at least 1, maxshrink in (0, 1], norm positive and finite, "
                 f"got {grid}, {maxshrink} and {norm}"
             )
         self.maxq = torch.tensor(TRITS if trits else 2**bits - 1, device=self.maxq.device)

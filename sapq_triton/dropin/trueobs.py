@@ -73,7 +73,7 @@ class TrueOBS(LayerProblem):
         self._removals: _Removals | None = None
 
     def add_batch(self, inp: Tensor, out: Tensor | None = None) -> None:
-        """inp: what the layer was called with. out: not used."""
+        """inp: what the layer was called with; an empty one counts for nothing. out: not used."""
         self._add(inp, inp.shape[0])
 
     @torch.no_grad()
@@ -125,6 +125,8 @@ class TrueOBS(LayerProblem):
         where m does not divide the columns.
         """
         _check_parallel(parallel)
+        if any(isinstance(value, bool) or not isinstance(value, int) for value in (n, m)):
+            raise ValueError(f"n and m must be integers, got n = {n!r}, m = {m!r}")
         if not 0 < n <= m or self.columns % m:
             raise ValueError(
                 f"nmprune needs 0 < n <= m, and m a divisor of {self.columns} columns, "

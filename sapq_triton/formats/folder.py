@@ -220,14 +220,24 @@ def is_plain(name: str) -> bool:
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str) -> None:
     """As model.safetensors, or in shards with an index, as huggingface_hub splits them."""
-    hub, safetensors = optional("huggingface_hub"), optional("safetensors.torch")
+    hub = optional("huggingface_hub")
     split = hub.split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
         shard = {name: _owned(tensors[name]) for name in names}
-        safetensors.save_file(shard, folder / file, metadata={"format": "pt"})
+        write_file(folder / file, shard)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / INDEX, index)
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """OSError where the disk is full, for which safetensors has an error of its own."""
+    try:
+        optional("safetensors.torch").save_file(dict(tensors), path, metadata={"format": "pt"})
+    except optional("safetensors").SafetensorError as error:
+        if not re.search(r"I/O ?error", str(error), re.IGNORECASE):
+            raise
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def _owned(tensor: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from .folder import (
     refuse_foreign,
     sha256,
     sync,
+    write_file,
     write_json,
 )
 
@@ -92,7 +93,7 @@ class Activations:
     def _save(self, number: int, role: Role, tensor: Tensor) -> None:
         self.folder.mkdir(exist_ok=True)
         content = {"activations": tensor.detach().cpu().contiguous()}
-        optional("safetensors.torch").save_file(content, self._file(number, role))
+        write_file(self._file(number, role), content)
 
 
 class Job:
