@@ -147,6 +147,13 @@ PACKED: dict[type[nn.Module], type[PackedWeight]] = {
     nn.ConvTranspose3d: QuantConvTranspose3d,
 }
 
+# what nothing else of a layer may be called
+NAMES = {
+    name
+    for name in (*PackedWeight.__annotations__, *vars(PackedWeight))
+    if name != "weight" and not name.startswith("__")
+}
+
 
 def obstacle(module: Layer) -> str | None:
     """Why a layer that can be quantized still cannot be packed; None where it can."""
@@ -154,6 +161,9 @@ def obstacle(module: Layer) -> str | None:
         return f"{type(module).__qualname__} may have a forward of its own"
     if layers.matrix_shape(module) != layers.weight_matrix(module).shape:
         return "its attributes do not tell the shape of its weight"
+    holders = vars(module), module._parameters, module._buffers, module._modules
+    if taken := sorted(NAMES & set().union(*holders)):
+        return f"its attribute {taken[0]!r} has a name that packed layers use"
     return None
 
 

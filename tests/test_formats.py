@@ -801,6 +801,10 @@ def test_models_that_do_not_fit(gptq: Path, tmp_path: Path) -> None:
     refused_unchanged(gptq, "'first' is a Identity in the model, which has no codes", net)
     net.first = type("Mine", (nn.Linear,), {})(COLUMNS, ROWS).half()
     refused_unchanged(gptq, "'first' cannot be packed: .*Mine may have a forward of its own", net)
+    net.first = nn.Linear(COLUMNS, ROWS).half()
+    net.first.scale = 0.5
+    refused_unchanged(gptq, "'first' cannot be packed: its attribute 'scale' has a name", net)
+    assert type(net.first) is nn.Linear
     net.first = nn.Linear(COLUMNS, ROWS, device="meta")
     with pytest.raises(ValueError, match=r"'first' has no data \(meta device\)"):
         load(gptq, net)

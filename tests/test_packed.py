@@ -306,6 +306,48 @@ def test_what_cannot_be_packed_stays(factory: Factory, spec: QuantSpec, message:
     assert before == (vars(module), module._parameters, module._buffers, type(module))
 
 
+def with_own(name: str, how: str) -> nn.Linear:
+    """A linear layer that has something of its own under a name of packed layers."""
+    module = nn.Linear(6, 6)
+    if how == "attribute":
+        setattr(module, name, 0.5)
+    elif how == "parameter":
+        setattr(module, name, nn.Parameter(torch.ones(3)))
+    elif how == "buffer":
+        module.register_buffer(name, torch.ones(3))
+    else:
+        module.add_module(name, nn.Identity())
+    return module
+
+
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        *[(name, "attribute") for name in ("scale", "spec", "qzeros", "weight_dtype")],
+        *[(name, "attribute") for name in ("codes", "dequantize", "zero_points")],
+        *[("scale", how) for how in ("parameter", "buffer", "module")],
+    ],
+)
+def test_layers_with_attributes_of_those_names_stay_plain(name: str, how: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), with_own(name, how))
+    own = getattr(model[1], name)
+    report = quantize(model, [torch.randn(9, 6)], QuantSpec(4), pack=True)
+    assert [type(module) for module in model] == [QuantLinear, nn.Linear]
+    reason = f"its attribute {name!r} has a name that packed layers use"
+    assert report["0"].notes == () and report["1"].notes == (f"not packed: {reason}",)
+    assert getattr(model[1], name) is own
+    with pytest.raises(ValueError, match=reason):
+        to_packed(model[1], QuantSpec(4))
+
+
+def test_twins_stay_plain_together() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), with_own("scale", "attribute"))
+    model[1].weight = model[0].weight
+    report = quantize(model, [torch.randn(9, 6)], QuantSpec(4), pack=True)
+    assert type(model[0]) is type(model[1]) is nn.Linear and model[0].weight is model[1].weight
+    assert any(note.startswith("not packed: its attribute 'scale'") for note in report["0"].notes)
+
+
 def pruned(module: nn.Linear, rows: int) -> nn.Module:
     """As some tools leave it: the attributes tell another shape."""
     module.weight.data = module.weight.data[:rows]
