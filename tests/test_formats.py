@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sapq_triton import QuantSpec, load, save
+from sapq_triton import QuantSpec, load, quantize, save
 from sapq_triton.formats import FORMATS
 from sapq_triton.formats.folder import raw, sha256, write_manifest
 from tests.tiny import (
@@ -814,6 +814,42 @@ def test_models_that_do_not_fit(gptq: Path, tmp_path: Path) -> None:
     refused_unchanged(gptq, "'first' is a Embedding in the model, which has no codes", net)
     loaded = load(gptq, Net())
     refused_unchanged(gptq, "'first' is packed already", loaded)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_codes_of_two_layers_in_a_model_that_ties_them(tmp_path: Path, format: str) -> None:
+    def pair(tied: bool) -> nn.Sequential:
+        model = nn.Sequential(*[nn.Linear(COLUMNS, COLUMNS).half() for _ in range(2)])
+        if tied:
+            model[1].weight = model[0].weight
+        return model
+
+    model = pair(False)
+    for module in model:
+        pack_randomly(module, ASYMMETRIC)
+    save(model, tmp_path / "net", format)
+    tied = pair(True)
+    message = "'0' and '1' share one weight in the model, and hold different codes"
+    refused_unchanged(tmp_path / "net", message, tied)
+    assert type(tied[0]) is nn.Linear and tied[0].weight is tied[1].weight
+    for name in ("qweight", "scale", "qzeros"):
+        model[1].get_buffer(name).copy_(model[0].get_buffer(name))
+    save(model, tmp_path / "net", format)
+    load(tmp_path / "net", tied)
+    assert_same_state(tied, state(model))
+    assert tied[0].qweight is tied[1].qweight
+
+
+def test_a_twin_in_two_places(tmp_path: Path) -> None:
+    def twins() -> nn.Sequential:
+        first, second = (nn.Linear(COLUMNS, COLUMNS) for _ in range(2))
+        second.weight = first.weight
+        return nn.Sequential(first, second, second)
+
+    model = twins()
+    quantize(model, [torch.randn(9, COLUMNS)], QuantSpec(4), pack=True, progress=False)
+    save(model, tmp_path / "net")
+    assert_same_state(load(tmp_path / "net", twins()), state(model))
 
 
 def test_architectures_that_transformers_does_not_have(tmp_path: Path) -> None:
