@@ -86,8 +86,15 @@ class PackedWeight(nn.Module):
         self.weight_dtype = fn(like).dtype
         for name, tensor in before.items():
             moved = self._buffers[name]
-            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)  # as it was before the cast
+            if tensor is None or moved is None:
+                continue
+            if moved.dtype != tensor.dtype:
+                moved = tensor.to(moved.device)  # as it was before the cast
+            # in place where that can be, as parameters are: a twin holds the same tensor
+            if torch._has_compatible_shallow_copy_type(tensor, moved) and not tensor.is_inference():
+                tensor.data = moved
+                moved = tensor
+            self._buffers[name] = moved
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

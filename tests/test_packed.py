@@ -207,6 +207,25 @@ def test_casts_keep_codes_and_scales(cast: str) -> None:
     assert module.weight.dtype == torch.float32
 
 
+CASTS_OF_TWINS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    **{name: cast for name, cast in CASTS.items() if name != "parent"},
+    "clone": lambda m: m._apply(torch.clone),
+    "deepcopy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("cast", CASTS_OF_TWINS)
+def test_twins_share_their_codes_after_casts(cast: str) -> None:
+    _, module, _ = both(lambda: nn.Linear(6, 6), QuantSpec(3, 2))
+    twin = to_packed(nn.Linear(6, 6), module.spec, module._buffers)
+    expected = module.weight
+    model: Any = CASTS_OF_TWINS[cast](nn.Sequential(module, twin))
+    for name in packed.BUFFERS:
+        assert model[0].get_buffer(name) is model[1].get_buffer(name)
+    for layer in model:
+        torch.testing.assert_close(layer.weight, expected.to(layer.weight.dtype), **EXACT)
+
+
 def test_an_empty_copy_on_another_device() -> None:
     _, module, _ = both(lambda: nn.Linear(6, 5), QuantSpec(3, 2, scale_dtype="float16"))
     shapes = {name: module.get_buffer(name).shape for name in packed.BUFFERS}
