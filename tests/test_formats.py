@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sapq_triton import QuantSpec, load, quantize, save
 from sapq_triton.formats import FORMATS
 from sapq_triton.formats.folder import raw, sha256, write_manifest
+from sapq_triton.packed import to_packed
 from tests.tiny import (
     COLUMNS,
     ROWS,
@@ -154,6 +155,50 @@ def test_conv1d_of_transformers(tmp_path: Path) -> None:
         pack_randomly(plain[0], W4)
         save(plain, tmp_path / format, format)
         assert_same_state(load(tmp_path / format, other), state(plain))
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_model_that_is_one_layer(tmp_path: Path, format: str, manifest: bool) -> None:
+    layer = pack_randomly(nn.Linear(COLUMNS, ROWS).half(), ASYMMETRIC)
+    save(layer, tmp_path / "layer", format)
+    assert all("." not in name for name in load_file(tmp_path / "layer" / "model.safetensors"))
+    if not manifest and format != "sapq":
+        (tmp_path / "layer" / "sapq.json").unlink()
+    loaded = load(tmp_path / "layer", nn.Linear(COLUMNS, ROWS).half())
+    assert_same_state(loaded, state(layer))
+    torch.testing.assert_close(loaded.weight, layer.weight, rtol=0, atol=0)
+
+
+def test_a_bias_of_zeros_that_a_model_of_one_layer_does_not_have(tmp_path: Path) -> None:
+    layer = pack_randomly(nn.Linear(COLUMNS, ROWS).half(), ASYMMETRIC)
+    nn.init.zeros_(layer.bias)
+    save(layer, tmp_path / "layer", "gptq")
+    loaded = load(tmp_path / "layer", nn.Linear(COLUMNS, ROWS, bias=False).half())
+    torch.testing.assert_close(loaded.weight, layer.weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", ["5GB", 4000])
+def test_tensors_that_share_their_memory(tmp_path: Path, size: int | str) -> None:
+    """Tied without being one: parameters by `.data`, packed twins by `load_state_dict`."""
+
+    def net() -> Net:
+        model = Net()
+        model.other = nn.LayerNorm(ROWS).half()
+        model.other.weight = nn.Parameter(model.norm.weight.data)
+        model.twin = nn.Linear(COLUMNS, ROWS).half()
+        model.twin.weight = model.first.weight
+        return model
+
+    model = net()
+    pack_randomly(model.first, W4)
+    to_packed(model.twin, W4, model.first._buffers)
+    model.load_state_dict(model.state_dict(), assign=True)
+    assert model.first.qweight is not model.twin.qweight
+    save(model, tmp_path / "net", max_shard_size=size)
+    loaded = load(tmp_path / "net", net())
+    assert_same_state(loaded, state(model))
+    assert loaded.first.qweight is loaded.twin.qweight
 
 
 def test_shards(tmp_path: Path) -> None:
@@ -409,6 +454,11 @@ def test_refuses_models_without_packed_layers_or_data(tmp_path: Path) -> None:
     net.head.to("meta")
     with pytest.raises(ValueError, match=r"'head\.weight' has no data \(meta device\)"):
         save(net, tmp_path / "net")
+    net = packed_net(W4)
+    net.register_buffer("phases", torch.zeros(3, dtype=torch.complex128))
+    with pytest.raises(ValueError, match=r"'phases' is torch.complex128, which safetensors do"):
+        save(net, tmp_path / "net")
+    assert not list(tmp_path.iterdir())
 
 
 def test_refuses_a_further_file_under_a_name_that_is_taken(tmp_path: Path) -> None:

@@ -206,8 +206,8 @@ def _check_ignorable(stored: Stored, model: nn.Module, name: str) -> None:
     if any(re.search(pattern, name) for pattern in patterns):
         return
     # early GPTQ files give every layer a bias
-    shape = stored.tensors.shapes[name]
-    if name.removesuffix(".bias") in stored.layers and not stored.tensors.take(name, shape).any():
+    shape, biases = stored.tensors.shapes[name], {f"{x.prefix}bias" for x in stored.layers.values()}
+    if name in biases and not stored.tensors.take(name, shape).any():
         return
     raise ValueError(f"{stored.tensors.where(name)} has no place in the model")
 

@@ -215,10 +215,10 @@ def _encode(
         if tensor.device.type == "meta":
             raise ValueError(f"{name!r} has no data (meta device)")
         state.setdefault(id(tensor), (name, tensor))  # tied tensors once, under the first name
-    codes = {f"{name}.{buffer}" for name in layers for buffer in BUFFERS}
+    codes = {f"{layer.prefix}{buffer}" for layer in layers.values() for buffer in BUFFERS}
     others = {name: tensor for name, tensor in state.values() if name not in codes}
     encoded = {
-        f"{name}.{suffix}": tensor
+        f"{layer.prefix}{suffix}": tensor
         for name, layer in layers.items()
         for suffix, tensor in chosen.encode(layer, model.get_submodule(name)).items()  # type: ignore[arg-type]
     }
