@@ -608,6 +608,15 @@ def test_tensors_that_do_not_fit(gptq: Path, change: Change, message: str) -> No
     refused_unchanged(gptq, message)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zero_points_beyond_the_codes(tmp_path: Path, bits: int) -> None:
+    """Of 8 bits they are beyond a byte too."""
+    save(packed_net(replace(ASYMMETRIC, bits=bits)), tmp_path / "net", "gptq")
+    edit_tensors(tmp_path / "net", lambda t: t.update({"first.qzeros": t["first.qzeros"] * 0 - 1}))
+    message = rf"'first\.qzeros' holds zero point {2**bits}; codes of {bits} bits end at"
+    refused_unchanged(tmp_path / "net", message)
+
+
 def test_what_changes_nothing_is_accepted(gptq: Path) -> None:
     """A bias of zeros that early programs add, another dtype that holds the same values."""
     expected = state(load(gptq, Net()))

@@ -152,7 +152,7 @@ class GPTQ:
         check_group_order(tensors, f"{prefix}g_idx", layer)
         packed = tensors.take(f"{prefix}qweight", (words(columns, spec.bits), rows), (torch.int32,))
         zeros = tensors.take(f"{prefix}qzeros", (groups, words(rows, spec.bits)), (torch.int32,))
-        zero_points = unpack(zeros, spec.bits, rows).T + self.zero_offset
+        zero_points = unpack(zeros, spec.bits, rows).T.int() + self.zero_offset  # up to 256
         if int(zero_points.max()) > spec.qmax:
             raise ValueError(
                 f"{tensors.where(f'{prefix}qzeros')} holds zero point {int(zero_points.max())}; "
@@ -167,7 +167,7 @@ class GPTQ:
         return {
             "qweight": packed.T.contiguous(),
             "scale": take_scale(tensors, f"{prefix}scales", (groups, rows)).T.contiguous(),
-            "qzeros": None if spec.symmetric else pack(zero_points, spec.bits),
+            "qzeros": None if spec.symmetric else pack(zero_points.byte(), spec.bits),
         }
 
     def owned(self, layer: Outline) -> set[str]:
