@@ -469,6 +469,16 @@ def test_refuses_a_further_file_under_a_name_that_is_taken(tmp_path: Path) -> No
     assert not (tmp_path / "net").exists()
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_refuses_one_path_where_several_are_expected(
+    tmp_path: Path, kind: Callable[[Path], str | Path]
+) -> None:
+    (tmp_path / "tok.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"files must be an iterable of paths, got .*: pass "):
+        save(packed_net(W4), tmp_path / "net", files=kind(tmp_path / "tok.json"))  # type: ignore[arg-type]
+    assert not (tmp_path / "net").exists()
+
+
 # reading what others wrote, and what is damaged
 
 

@@ -65,10 +65,12 @@ def save(
     the bit, before the folder takes its place in one step: until then, and whenever anything is
     raised, a folder that was there stays as it was.
 
-    ValueError for what a format cannot hold, naming one that can, and for a folder that holds
-    files of others.
+    ValueError for what a format cannot hold, naming one that can, for a single path as files, and
+    for a folder that holds files of others.
     """
     target, chosen = Path(folder), find_format(format)
+    if isinstance(files, str | Path):
+        raise ValueError(f"files must be an iterable of paths, got {files!r}: pass [{files!r}]")
     layers = {name: Outline.of(name, module) for name, module in _packed(model).items()}
     if not layers:
         raise ValueError("the model has no packed layer: quantize(..., pack=True)")
