@@ -86,8 +86,15 @@ class PackedWeight(nn.Module):
         self.weight_dtype = fn(like).dtype
         for name, tensor in before.items():
             moved = self._buffers[name]
-            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)  # as it was before the cast
+            if tensor is None or moved is None:
+                continue
+            if moved.dtype != tensor.dtype:
+                moved = tensor.to(moved.device)  # as it was before the cast
+            # in place where that can be, as parameters are: a twin holds the same tensor
+            if torch._has_compatible_shallow_copy_type(tensor, moved) and not tensor.is_inference():
+                tensor.data = moved
+                moved = tensor
+            self._buffers[name] = moved
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -147,6 +154,13 @@ PACKED: dict[type[nn.Module], type[PackedWeight]] = {
     nn.ConvTranspose3d: QuantConvTranspose3d,
 }
 
+# what nothing else of a layer may be called
+NAMES = {
+    name
+    for name in (*PackedWeight.__annotations__, *vars(PackedWeight))
+    if name != "weight" and not name.startswith("__")
+}
+
 
 def obstacle(module: Layer) -> str | None:
     """Why a layer that can be quantized still cannot be packed; None where it can."""
@@ -154,6 +168,9 @@ def obstacle(module: Layer) -> str | None:
         return f"{type(module).__qualname__} may have a forward of its own"
     if layers.matrix_shape(module) != layers.weight_matrix(module).shape:
         return "its attributes do not tell the shape of its weight"
+    holders = vars(module), module._parameters, module._buffers, module._modules
+    if taken := sorted(NAMES & set().union(*holders)):
+        return f"its attribute {taken[0]!r} has a name that packed layers use"
     return None
 
 

@@ -15,8 +15,12 @@ SPECIAL = {
 LEFT_OUT = {"plain": False}  # metadata of a field that stays behind, and comes back as None
 
 
-def encode(value: object) -> Any:
-    """Dataclasses and mappings as dicts, tuples as lists, NaN and infinities as strings."""
+def encode(value: Any) -> Any:
+    """Dataclasses and mappings as dicts, tuples as lists, NaN and infinities as strings, scalars of
+    NumPy as the numbers that they are.
+    """
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
     if is_dataclass(value):
         return {
             field.name: encode(getattr(value, field.name))

@@ -117,7 +117,8 @@ def quantize(
     forward: called as forward(model, batch) instead of the rules above.
     pack: turn each layer into one that holds its codes in place of its weight (`packed`), in place:
         the outputs stay, memory falls. Layers that share a weight share the codes. A layer whose
-        class is not PyTorch's own keeps its dequantized weight, with a note in its report.
+        class is not PyTorch's own, or with an attribute of a name that packed layers use, keeps its
+        dequantized weight, with a note in its report.
     replay: run each batch anew for every layer, instead of once with the live activations of all
         batches in memory. The results are the same; as many forward passes as layers.
     distributed: among the processes of torch.distributed's default group, each of which makes this
@@ -175,7 +176,8 @@ def quantize(
     if pack:
         for target in targets.values():
             packed.check_spec(target.spec)
-            if reason := packed.obstacle(target.module):
+            twins = [model.get_submodule(name) for name in target.twins]
+            if reason := next(filter(None, map(packed.obstacle, twins)), None):
                 target.notes.append(f"not packed: {reason}")
     ranks = Ranks(distributed)
     run = _Run(
@@ -676,7 +678,7 @@ class _Run:
         made = []
         for layer in self.layers_done:
             twins = [self.modules[name] for name in self.targets[layer.name].twins]
-            if not packed.obstacle(twins[0]):
+            if not any(map(packed.obstacle, twins)):
                 device = twins[0].weight.device
                 codes, scale, zero_point = (
                     tensor.to(device) for tensor in (layer.codes, layer.scale, layer.zero_point)

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sapq_triton import QuantSpec, load, save
+from sapq_triton import QuantSpec, load, quantize, save
 from sapq_triton.formats import FORMATS
 from sapq_triton.formats.folder import raw, sha256, write_manifest
+from sapq_triton.packed import to_packed
 from tests.tiny import (
     COLUMNS,
     ROWS,
@@ -154,6 +155,50 @@ def test_conv1d_of_transformers(tmp_path: Path) -> None:
         pack_randomly(plain[0], W4)
         save(plain, tmp_path / format, format)
         assert_same_state(load(tmp_path / format, other), state(plain))
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_model_that_is_one_layer(tmp_path: Path, format: str, manifest: bool) -> None:
+    layer = pack_randomly(nn.Linear(COLUMNS, ROWS).half(), ASYMMETRIC)
+    save(layer, tmp_path / "layer", format)
+    assert all("." not in name for name in load_file(tmp_path / "layer" / "model.safetensors"))
+    if not manifest and format != "sapq":
+        (tmp_path / "layer" / "sapq.json").unlink()
+    loaded = load(tmp_path / "layer", nn.Linear(COLUMNS, ROWS).half())
+    assert_same_state(loaded, state(layer))
+    torch.testing.assert_close(loaded.weight, layer.weight, rtol=0, atol=0)
+
+
+def test_a_bias_of_zeros_that_a_model_of_one_layer_does_not_have(tmp_path: Path) -> None:
+    layer = pack_randomly(nn.Linear(COLUMNS, ROWS).half(), ASYMMETRIC)
+    nn.init.zeros_(layer.bias)
+    save(layer, tmp_path / "layer", "gptq")
+    loaded = load(tmp_path / "layer", nn.Linear(COLUMNS, ROWS, bias=False).half())
+    torch.testing.assert_close(loaded.weight, layer.weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", ["5GB", 4000])
+def test_tensors_that_share_their_memory(tmp_path: Path, size: int | str) -> None:
+    """Tied without being one: parameters by `.data`, packed twins by `load_state_dict`."""
+
+    def net() -> Net:
+        model = Net()
+        model.other = nn.LayerNorm(ROWS).half()
+        model.other.weight = nn.Parameter(model.norm.weight.data)
+        model.twin = nn.Linear(COLUMNS, ROWS).half()
+        model.twin.weight = model.first.weight
+        return model
+
+    model = net()
+    pack_randomly(model.first, W4)
+    to_packed(model.twin, W4, model.first._buffers)
+    model.load_state_dict(model.state_dict(), assign=True)
+    assert model.first.qweight is not model.twin.qweight
+    save(model, tmp_path / "net", max_shard_size=size)
+    loaded = load(tmp_path / "net", net())
+    assert_same_state(loaded, state(model))
+    assert loaded.first.qweight is loaded.twin.qweight
 
 
 def test_shards(tmp_path: Path) -> None:
@@ -409,6 +454,11 @@ def test_refuses_models_without_packed_layers_or_data(tmp_path: Path) -> None:
     net.head.to("meta")
     with pytest.raises(ValueError, match=r"'head\.weight' has no data \(meta device\)"):
         save(net, tmp_path / "net")
+    net = packed_net(W4)
+    net.register_buffer("phases", torch.zeros(3, dtype=torch.complex128))
+    with pytest.raises(ValueError, match=r"'phases' is torch.complex128, which safetensors do"):
+        save(net, tmp_path / "net")
+    assert not list(tmp_path.iterdir())
 
 
 def test_refuses_a_further_file_under_a_name_that_is_taken(tmp_path: Path) -> None:
@@ -416,6 +466,16 @@ def test_refuses_a_further_file_under_a_name_that_is_taken(tmp_path: Path) -> No
         (tmp_path / name).write_text("{}")
         with pytest.raises(ValueError, match=f"{name} would take the place of a file of the model"):
             save(packed_net(W4), tmp_path / "net", files=[tmp_path / name])
+    assert not (tmp_path / "net").exists()
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_refuses_one_path_where_several_are_expected(
+    tmp_path: Path, kind: Callable[[Path], str | Path]
+) -> None:
+    (tmp_path / "tok.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"files must be an iterable of paths, got .*: pass "):
+        save(packed_net(W4), tmp_path / "net", files=kind(tmp_path / "tok.json"))  # type: ignore[arg-type]
     assert not (tmp_path / "net").exists()
 
 
@@ -556,6 +616,15 @@ DAMAGE: list[tuple[Change, str]] = [
 def test_tensors_that_do_not_fit(gptq: Path, change: Change, message: str) -> None:
     edit_tensors(gptq, change)
     refused_unchanged(gptq, message)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zero_points_beyond_the_codes(tmp_path: Path, bits: int) -> None:
+    """Of 8 bits they are beyond a byte too."""
+    save(packed_net(replace(ASYMMETRIC, bits=bits)), tmp_path / "net", "gptq")
+    edit_tensors(tmp_path / "net", lambda t: t.update({"first.qzeros": t["first.qzeros"] * 0 - 1}))
+    message = rf"'first\.qzeros' holds zero point {2**bits}; codes of {bits} bits end at"
+    refused_unchanged(tmp_path / "net", message)
 
 
 def test_what_changes_nothing_is_accepted(gptq: Path) -> None:
@@ -801,6 +870,10 @@ def test_models_that_do_not_fit(gptq: Path, tmp_path: Path) -> None:
     refused_unchanged(gptq, "'first' is a Identity in the model, which has no codes", net)
     net.first = type("Mine", (nn.Linear,), {})(COLUMNS, ROWS).half()
     refused_unchanged(gptq, "'first' cannot be packed: .*Mine may have a forward of its own", net)
+    net.first = nn.Linear(COLUMNS, ROWS).half()
+    net.first.scale = 0.5
+    refused_unchanged(gptq, "'first' cannot be packed: its attribute 'scale' has a name", net)
+    assert type(net.first) is nn.Linear
     net.first = nn.Linear(COLUMNS, ROWS, device="meta")
     with pytest.raises(ValueError, match=r"'first' has no data \(meta device\)"):
         load(gptq, net)
@@ -810,6 +883,42 @@ def test_models_that_do_not_fit(gptq: Path, tmp_path: Path) -> None:
     refused_unchanged(gptq, "'first' is a Embedding in the model, which has no codes", net)
     loaded = load(gptq, Net())
     refused_unchanged(gptq, "'first' is packed already", loaded)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_codes_of_two_layers_in_a_model_that_ties_them(tmp_path: Path, format: str) -> None:
+    def pair(tied: bool) -> nn.Sequential:
+        model = nn.Sequential(*[nn.Linear(COLUMNS, COLUMNS).half() for _ in range(2)])
+        if tied:
+            model[1].weight = model[0].weight
+        return model
+
+    model = pair(False)
+    for module in model:
+        pack_randomly(module, ASYMMETRIC)
+    save(model, tmp_path / "net", format)
+    tied = pair(True)
+    message = "'0' and '1' share one weight in the model, and hold different codes"
+    refused_unchanged(tmp_path / "net", message, tied)
+    assert type(tied[0]) is nn.Linear and tied[0].weight is tied[1].weight
+    for name in ("qweight", "scale", "qzeros"):
+        model[1].get_buffer(name).copy_(model[0].get_buffer(name))
+    save(model, tmp_path / "net", format)
+    load(tmp_path / "net", tied)
+    assert_same_state(tied, state(model))
+    assert tied[0].qweight is tied[1].qweight
+
+
+def test_a_twin_in_two_places(tmp_path: Path) -> None:
+    def twins() -> nn.Sequential:
+        first, second = (nn.Linear(COLUMNS, COLUMNS) for _ in range(2))
+        second.weight = first.weight
+        return nn.Sequential(first, second, second)
+
+    model = twins()
+    quantize(model, [torch.randn(9, COLUMNS)], QuantSpec(4), pack=True, progress=False)
+    save(model, tmp_path / "net")
+    assert_same_state(load(tmp_path / "net", twins()), state(model))
 
 
 def test_architectures_that_transformers_does_not_have(tmp_path: Path) -> None:

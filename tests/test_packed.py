@@ -207,6 +207,25 @@ def test_casts_keep_codes_and_scales(cast: str) -> None:
     assert module.weight.dtype == torch.float32
 
 
+CASTS_OF_TWINS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    **{name: cast for name, cast in CASTS.items() if name != "parent"},
+    "clone": lambda m: m._apply(torch.clone),
+    "deepcopy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("cast", CASTS_OF_TWINS)
+def test_twins_share_their_codes_after_casts(cast: str) -> None:
+    _, module, _ = both(lambda: nn.Linear(6, 6), QuantSpec(3, 2))
+    twin = to_packed(nn.Linear(6, 6), module.spec, module._buffers)
+    expected = module.weight
+    model: Any = CASTS_OF_TWINS[cast](nn.Sequential(module, twin))
+    for name in packed.BUFFERS:
+        assert model[0].get_buffer(name) is model[1].get_buffer(name)
+    for layer in model:
+        torch.testing.assert_close(layer.weight, expected.to(layer.weight.dtype), **EXACT)
+
+
 def test_an_empty_copy_on_another_device() -> None:
     _, module, _ = both(lambda: nn.Linear(6, 5), QuantSpec(3, 2, scale_dtype="float16"))
     shapes = {name: module.get_buffer(name).shape for name in packed.BUFFERS}
@@ -304,6 +323,48 @@ def test_what_cannot_be_packed_stays(factory: Factory, spec: QuantSpec, message:
     with pytest.raises(ValueError, match=message):
         to_packed(module, spec, tensors)
     assert before == (vars(module), module._parameters, module._buffers, type(module))
+
+
+def with_own(name: str, how: str) -> nn.Linear:
+    """A linear layer that has something of its own under a name of packed layers."""
+    module = nn.Linear(6, 6)
+    if how == "attribute":
+        setattr(module, name, 0.5)
+    elif how == "parameter":
+        setattr(module, name, nn.Parameter(torch.ones(3)))
+    elif how == "buffer":
+        module.register_buffer(name, torch.ones(3))
+    else:
+        module.add_module(name, nn.Identity())
+    return module
+
+
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        *[(name, "attribute") for name in ("scale", "spec", "qzeros", "weight_dtype")],
+        *[(name, "attribute") for name in ("codes", "dequantize", "zero_points")],
+        *[("scale", how) for how in ("parameter", "buffer", "module")],
+    ],
+)
+def test_layers_with_attributes_of_those_names_stay_plain(name: str, how: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), with_own(name, how))
+    own = getattr(model[1], name)
+    report = quantize(model, [torch.randn(9, 6)], QuantSpec(4), pack=True)
+    assert [type(module) for module in model] == [QuantLinear, nn.Linear]
+    reason = f"its attribute {name!r} has a name that packed layers use"
+    assert report["0"].notes == () and report["1"].notes == (f"not packed: {reason}",)
+    assert getattr(model[1], name) is own
+    with pytest.raises(ValueError, match=reason):
+        to_packed(model[1], QuantSpec(4))
+
+
+def test_twins_stay_plain_together() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), with_own("scale", "attribute"))
+    model[1].weight = model[0].weight
+    report = quantize(model, [torch.randn(9, 6)], QuantSpec(4), pack=True)
+    assert type(model[0]) is type(model[1]) is nn.Linear and model[0].weight is model[1].weight
+    assert any(note.startswith("not packed: its attribute 'scale'") for note in report["0"].notes)
 
 
 def pruned(module: nn.Linear, rows: int) -> nn.Module:

@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from sapq_triton import QuantSpec, Report, quantize, read_report, save_report
 from sapq_triton.machine import Stopwatch, environment, peak_memory
+from sapq_triton.plain import encode
 from sapq_triton.report import packed_bytes
 from sapq_triton.report_files import JSON, PAGE, report_files
 from tests.reports import EMPTY, of_layers, real_report
@@ -33,6 +35,14 @@ def test_round_trip(report: Report, tmp_path: Path) -> None:
         assert again == without_codes(report)
         assert str(again) == str(report) and again.to_json() == report.to_json()
         assert (again.bytes, again.mean_bits) == (report.bytes, report.mean_bits)
+
+
+def test_scalars_of_numpy_are_numbers() -> None:
+    scalars = {"a": np.bool_(True), "b": (np.int64(3), np.float32(0.5)), "c": np.float16("nan")}
+    assert encode(scalars) == {"a": True, "b": [3, 0.5], "c": "NaN"}
+    options = dict(bias_correction=np.bool_(True), pack=np.bool_(True), progress=False)
+    report = quantize(nn.Sequential(nn.Linear(6, 5)), [torch.randn(9, 6)], QuantSpec(4), **options)
+    assert Report.from_json(report.to_json()) == without_codes(report)
 
 
 def test_what_is_read_has_no_codes(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from .layer import (
     Outline,
     check_group_order,
     check_packed_shape,
-    names_with,
+    prefixes_with,
     scale_dtype,
     take_scale,
 )
@@ -115,35 +115,36 @@ class CompressedTensors:
             if config.get(key):
                 raise ValueError(f"{key} must be empty, got {config[key]!r}")
         found = []
-        for name in names_with(tensors, ".weight_packed"):
-            scale = f"{name}.weight_scale"
+        for prefix in prefixes_with(tensors, "weight_packed"):
+            name = prefix.removesuffix(".")
+            scale = f"{prefix}weight_scale"
             spec = _spec(_scheme(config, name), name, scale_dtype(tensors, scale))
-            shape = tensors.take(f"{name}.weight_shape", (2,), (torch.int64, torch.int32))
+            shape = tensors.take(f"{prefix}weight_shape", (2,), (torch.int64, torch.int32))
             rows, columns = shape.tolist()
             layer = Outline(name, "Linear", (rows, columns), rows, columns, spec)
-            check_packed_shape(tensors, f"{name}.weight_packed", layer)
+            check_packed_shape(tensors, f"{prefix}weight_packed", layer)
             found.append(layer)
         return found
 
     def decode(self, tensors: Tensors, layer: Outline) -> dict[str, Tensor | None]:
-        name, bits = layer.name, layer.spec.bits
+        prefix, bits = layer.prefix, layer.spec.bits
         rows, groups = layer.rows, layer.groups
-        check_group_order(tensors, f"{name}.weight_g_idx", layer)
+        check_group_order(tensors, f"{prefix}weight_g_idx", layer)
         packed_shape = rows, words(layer.columns, bits)
         qzeros = None
         if not layer.spec.symmetric:
             zeros = tensors.take(
-                f"{name}.weight_zero_point", (words(rows, bits), groups), (torch.int32,)
+                f"{prefix}weight_zero_point", (words(rows, bits), groups), (torch.int32,)
             )
             qzeros = pack(unpack(zeros.T, bits, rows).T, bits)
         return {
-            "qweight": tensors.take(f"{name}.weight_packed", packed_shape, (torch.int32,)),
-            "scale": take_scale(tensors, f"{name}.weight_scale", (rows, groups)),
+            "qweight": tensors.take(f"{prefix}weight_packed", packed_shape, (torch.int32,)),
+            "scale": take_scale(tensors, f"{prefix}weight_scale", (rows, groups)),
             "qzeros": qzeros,
         }
 
     def owned(self, layer: Outline) -> set[str]:
-        return {f"{layer.name}.{suffix}" for suffix in SUFFIXES}
+        return {f"{layer.prefix}{suffix}" for suffix in SUFFIXES}
 
 
 def _arguments(spec: QuantSpec) -> dict[str, Any]:

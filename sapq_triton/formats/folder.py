@@ -219,12 +219,22 @@ def is_plain(name: str) -> bool:
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str) -> None:
-    """As model.safetensors, or in shards with an index, as huggingface_hub splits them."""
-    hub = optional("huggingface_hub")
+    """As model.safetensors, or in shards with an index, as huggingface_hub splits them.
+
+    ValueError for a dtype that safetensors does not hold.
+    """
+    hub, safetensors = optional("huggingface_hub"), optional("safetensors.torch")
+    for name, tensor in tensors.items():
+        try:
+            safetensors.save({name: torch.tensor([], dtype=tensor.dtype)})
+        except KeyError:
+            raise ValueError(
+                f"{name!r} is {tensor.dtype}, which safetensors do not hold: convert it, or "
+                "register it with persistent=False"
+            ) from None
     split = hub.split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
-        shard = {name: _owned(tensors[name]) for name in names}
-        write_file(folder / file, shard)
+        write_file(folder / file, _owned({name: tensors[name] for name in names}))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / INDEX, index)
@@ -240,11 +250,19 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
-def _owned(tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous, and all of its memory: what safetensors can write."""
-    tensor = tensor.detach().cpu().contiguous()
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole else tensor.clone()
+def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, each all of a memory of its own: what safetensors can write."""
+    owned: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage()
+        whole = memory.nbytes() == tensor.numel() * tensor.element_size()
+        if not whole or memory.data_ptr() in taken:
+            tensor = tensor.clone()
+        owned[name] = tensor
+        taken.add(tensor.untyped_storage().data_ptr())
+    return owned
 
 
 @dataclass(frozen=True)

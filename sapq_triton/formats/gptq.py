@@ -24,7 +24,7 @@ from ..packed import PackedWeight
 from ..packing import WORD, pack, unpack, words
 from ..spec import QuantSpec
 from .folder import Tensors, program
-from .layer import LINEAR, Outline, check_group_order, names_with, scale_dtype, take_scale
+from .layer import LINEAR, Outline, check_group_order, prefixes_with, scale_dtype, take_scale
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # that GPTQModel has kernels for
@@ -121,56 +121,57 @@ class GPTQ:
         if config.get("pack_dtype", "int32") != "int32":
             raise ValueError(f"pack_dtype must be 'int32', got {config['pack_dtype']!r}")
         found = []
-        for name in names_with(tensors, ".qweight"):
+        for prefix in prefixes_with(tensors, "qweight"):
+            name = prefix.removesuffix(".")
             options = _options_of(config, name)
             spec = QuantSpec(
                 bits=options["bits"],
                 group_size=options.get("group_size", -1),
                 symmetric=options.get("sym", True),
-                scale_dtype=scale_dtype(tensors, f"{name}.scales"),
+                scale_dtype=scale_dtype(tensors, f"{prefix}scales"),
             )
-            shape = tensors.shapes[f"{name}.qweight"]
+            shape = tensors.shapes[f"{prefix}qweight"]
             if len(shape) != 2:
                 raise ValueError(
-                    f"{tensors.where(f'{name}.qweight')} must have 2 axes, got {shape}"
+                    f"{tensors.where(f'{prefix}qweight')} must have 2 axes, got {shape}"
                 )
             rows = shape[1]
-            order = tensors.shapes.get(f"{name}.g_idx", (shape[0] * WORD // spec.bits,))
+            order = tensors.shapes.get(f"{prefix}g_idx", (shape[0] * WORD // spec.bits,))
             if len(order) != 1:
-                raise ValueError(f"{tensors.where(f'{name}.g_idx')} must have 1 axis, got {order}")
+                raise ValueError(f"{tensors.where(f'{prefix}g_idx')} must have 1 axis, got {order}")
             columns = order[0]
             found.append(Outline(name, "Linear", (rows, columns), rows, columns, spec))
             grouped = 0 < spec.group_size < columns
-            if options.get("desc_act") and grouped and f"{name}.g_idx" not in tensors:
+            if options.get("desc_act") and grouped and f"{prefix}g_idx" not in tensors:
                 raise ValueError(f"{name!r} has desc_act, but no g_idx that tells its groups")
         return found
 
     def decode(self, tensors: Tensors, layer: Outline) -> dict[str, Tensor | None]:
-        name, spec = layer.name, layer.spec
+        prefix, spec = layer.prefix, layer.spec
         rows, columns, groups = layer.rows, layer.columns, layer.groups
-        check_group_order(tensors, f"{name}.g_idx", layer)
-        packed = tensors.take(f"{name}.qweight", (words(columns, spec.bits), rows), (torch.int32,))
-        zeros = tensors.take(f"{name}.qzeros", (groups, words(rows, spec.bits)), (torch.int32,))
-        zero_points = unpack(zeros, spec.bits, rows).T + self.zero_offset
+        check_group_order(tensors, f"{prefix}g_idx", layer)
+        packed = tensors.take(f"{prefix}qweight", (words(columns, spec.bits), rows), (torch.int32,))
+        zeros = tensors.take(f"{prefix}qzeros", (groups, words(rows, spec.bits)), (torch.int32,))
+        zero_points = unpack(zeros, spec.bits, rows).T.int() + self.zero_offset  # up to 256
         if int(zero_points.max()) > spec.qmax:
             raise ValueError(
-                f"{tensors.where(f'{name}.qzeros')} holds zero point {int(zero_points.max())}; "
+                f"{tensors.where(f'{prefix}qzeros')} holds zero point {int(zero_points.max())}; "
                 f"codes of {spec.bits} bits end at {spec.qmax}"
             )
         middle = 2 ** (spec.bits - 1)
         if spec.symmetric and not (zero_points == middle).all():
             raise ValueError(
-                f"{tensors.where(f'{name}.qzeros')} must hold {middle} only, as the configuration "
+                f"{tensors.where(f'{prefix}qzeros')} must hold {middle} only, as the configuration "
                 "says that the layer is symmetric"
             )
         return {
             "qweight": packed.T.contiguous(),
-            "scale": take_scale(tensors, f"{name}.scales", (groups, rows)).T.contiguous(),
-            "qzeros": None if spec.symmetric else pack(zero_points, spec.bits),
+            "scale": take_scale(tensors, f"{prefix}scales", (groups, rows)).T.contiguous(),
+            "qzeros": None if spec.symmetric else pack(zero_points.byte(), spec.bits),
         }
 
     def owned(self, layer: Outline) -> set[str]:
-        return {f"{layer.name}.{suffix}" for suffix in SUFFIXES}
+        return {f"{layer.prefix}{suffix}" for suffix in SUFFIXES}
 
 
 def _options(spec: QuantSpec) -> dict[str, Any]:

@@ -62,6 +62,11 @@ class Outline:
         )
 
     @property
+    def prefix(self) -> str:
+        """Of the names of its tensors; a model that is one layer has none."""
+        return f"{self.name}." if self.name else ""
+
+    @property
     def groups(self) -> int:
         """Groups of columns that share a scale. ValueError where their size does not divide."""
         return self.columns // self.spec.columns_per_group(self.columns)
@@ -73,7 +78,7 @@ class Outline:
 
 
 class Format(Protocol):
-    """A way to write a packed layer as tensors named <layer>.<suffix>, and to read it.
+    """A way to write a packed layer as tensors named <prefix><suffix>, and to read it.
 
     The other tensors of a model, biases among them, are the same in all formats.
     """
@@ -113,8 +118,10 @@ def _weight_shape(module: Any) -> tuple[int, ...]:
     return tuple(layers.as_weight(module, torch.empty(groups, rows, columns, device="meta")).shape)
 
 
-def names_with(tensors: Tensors, suffix: str) -> list[str]:
-    return [name.removesuffix(suffix) for name in tensors.files if name.endswith(suffix)]
+def prefixes_with(tensors: Tensors, suffix: str) -> list[str]:
+    """As `Outline.prefix`, of the layers that have such a tensor."""
+    prefixes = [name.removesuffix(suffix) for name in tensors.files if name.endswith(suffix)]
+    return [prefix for prefix in prefixes if not prefix or prefix.endswith(".")]
 
 
 def scale_dtype(tensors: Tensors, name: str) -> ScaleDtype:

@@ -104,13 +104,24 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     modules = dict(target.named_modules(remove_duplicate=False))
     if model is None and not stored.layers.keys() <= modules.keys() and unfuse(target):
         modules = dict(target.named_modules(remove_duplicate=False))
-    buffers, twins = {}, {}
+    buffers: dict[str, packed.Tensors] = {}
+    twins: dict[str, list[str]] = {}
+    first: dict[int, str] = {}  # of the layers with one weight, by its id
     for name, layer in stored.layers.items():
         _check_fits(stored, layer, modules.get(name))
+        decoded = stored.format.decode(stored.tensors, layer)
+        other = first.setdefault(id(modules[name]._parameters["weight"]), name)
+        if other != name:
+            if stored.layers[other].spec != layer.spec or not _equal(buffers[other], decoded):
+                raise ValueError(
+                    f"{stored.tensors.folder}: {other!r} and {name!r} share one weight in the "
+                    "model, and hold different codes: load into a model that does not tie them"
+                )
+            continue
         twins[name] = _twins(modules, name)
         for twin in twins[name][1:]:
             _check_fits(stored, layer, modules[twin])
-        buffers[name] = stored.format.decode(stored.tensors, layer)
+        buffers[name] = decoded
     weights = {id(modules[name]._parameters["weight"]) for name in buffers}
     values = _read_others(stored, target, weights)
     with torch.no_grad():
@@ -143,11 +154,19 @@ def _check_fits(stored: Stored, layer: Outline, module: nn.Module | None) -> Non
         )
 
 
+def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two layers of one spec have the same buffers."""
+    return all(x is None or torch.equal(x, other[name]) for name, x in one.items())
+
+
 def _twins(modules: Mapping[str, nn.Module], name: str) -> list[str]:
     """Names of the layers with the weight of this one, which comes first."""
     weight = modules[name]._parameters["weight"]
-    others = [other for other, x in modules.items() if x._parameters.get("weight") is weight]
-    return [name, *(other for other in others if modules[other] is not modules[name])]
+    names = {id(modules[name]): name}  # a layer may be in two places
+    for other, module in modules.items():
+        if module._parameters.get("weight") is weight:
+            names.setdefault(id(module), other)
+    return list(names.values())
 
 
 def _read_others(
@@ -187,8 +206,8 @@ def _check_ignorable(stored: Stored, model: nn.Module, name: str) -> None:
     if any(re.search(pattern, name) for pattern in patterns):
         return
     # early GPTQ files give every layer a bias
-    shape = stored.tensors.shapes[name]
-    if name.removesuffix(".bias") in stored.layers and not stored.tensors.take(name, shape).any():
+    shape, biases = stored.tensors.shapes[name], {f"{x.prefix}bias" for x in stored.layers.values()}
+    if name in biases and not stored.tensors.take(name, shape).any():
         return
     raise ValueError(f"{stored.tensors.where(name)} has no place in the model")
 

@@ -43,27 +43,27 @@ class Sapq:
                 raise ValueError(f"{name!r} must have a kind, got {entry['kind']!r}")
             shape, rows, columns = tuple(entry["shape"]), entry["rows"], entry["columns"]
             layer = Outline(name, entry["kind"], shape, rows, columns, QuantSpec(**entry["spec"]))
-            check_packed_shape(tensors, f"{name}.qweight", layer)
+            check_packed_shape(tensors, f"{layer.prefix}qweight", layer)
             found.append(layer)
         return found
 
     def decode(self, tensors: Tensors, layer: Outline) -> dict[str, Tensor | None]:
-        name, spec, rows, groups = layer.name, layer.spec, layer.rows, layer.groups
-        scale = take_scale(tensors, f"{name}.scale", (rows, groups))
+        prefix, spec, rows, groups = layer.prefix, layer.spec, layer.rows, layer.groups
+        scale = take_scale(tensors, f"{prefix}scale", (rows, groups))
         if scale.dtype != getattr(torch, spec.scale_dtype):
             raise ValueError(
-                f"{tensors.where(f'{name}.scale')} must be {spec.scale_dtype}, got {scale.dtype}"
+                f"{tensors.where(f'{prefix}scale')} must be {spec.scale_dtype}, got {scale.dtype}"
             )
         qzeros = (rows, words(groups, spec.bits))
         return {
             "qweight": tensors.take(
-                f"{name}.qweight", (rows, words(layer.columns, spec.bits)), (torch.int32,)
+                f"{prefix}qweight", (rows, words(layer.columns, spec.bits)), (torch.int32,)
             ),
             "scale": scale,
             "qzeros": None
             if spec.symmetric
-            else tensors.take(f"{name}.qzeros", qzeros, (torch.int32,)),
+            else tensors.take(f"{prefix}qzeros", qzeros, (torch.int32,)),
         }
 
     def owned(self, layer: Outline) -> set[str]:
-        return {f"{layer.name}.{suffix}" for suffix in BUFFERS}
+        return {f"{layer.prefix}{suffix}" for suffix in BUFFERS}

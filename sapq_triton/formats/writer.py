@@ -65,10 +65,12 @@ def save(
     the bit, before the folder takes its place in one step: until then, and whenever anything is
     raised, a folder that was there stays as it was.
 
-    ValueError for what a format cannot hold, naming one that can, and for a folder that holds
-    files of others.
+    ValueError for what a format cannot hold, naming one that can, for a single path as files, and
+    for a folder that holds files of others.
     """
     target, chosen = Path(folder), find_format(format)
+    if isinstance(files, str | Path):
+        raise ValueError(f"files must be an iterable of paths, got {files!r}: pass [{files!r}]")
     layers = {name: Outline.of(name, module) for name, module in _packed(model).items()}
     if not layers:
         raise ValueError("the model has no packed layer: quantize(..., pack=True)")
@@ -215,10 +217,10 @@ def _encode(
         if tensor.device.type == "meta":
             raise ValueError(f"{name!r} has no data (meta device)")
         state.setdefault(id(tensor), (name, tensor))  # tied tensors once, under the first name
-    codes = {f"{name}.{buffer}" for name in layers for buffer in BUFFERS}
+    codes = {f"{layer.prefix}{buffer}" for layer in layers.values() for buffer in BUFFERS}
     others = {name: tensor for name, tensor in state.values() if name not in codes}
     encoded = {
-        f"{name}.{suffix}": tensor
+        f"{layer.prefix}{suffix}": tensor
         for name, layer in layers.items()
         for suffix, tensor in chosen.encode(layer, model.get_submodule(name)).items()  # type: ignore[arg-type]
     }
