@@ -30,12 +30,11 @@ GRIDS: dict[str, Options] = {
 
 FIXED: Options = dict(starts=1, candidates=6, rounds=2, damp=0.01, drift_correction=0.5)
 
-# the parts of SAPQ: each alone on top of activation order, one after another, what it chooses fixed
+# the parts of SAPQ: each alone on top of activation order (starts and sweeps: of sensitivity order,
+# which alone has them), one after another, and what it chooses fixed
 PARTS: dict[str, Options] = {
-    "activation order + sweeps": dict(preset="fast", sweeps=2),
     "activation order + candidates": dict(preset="fast", candidates=8),
     "activation order + rounds": dict(preset="fast", rounds=3),
-    "activation order + starts": dict(preset="fast", starts=8),
     "activation order + drift correction": dict(preset="fast", drift_correction=0.5),
     "activation order + damping chosen": dict(
         order="activation", starts=1, sweeps=0, candidates=1, rounds=0, drift_correction=0.0
@@ -44,6 +43,7 @@ PARTS: dict[str, Options] = {
     "exact OBQ": dict(preset="fast", order="obq", block=64),  # the same codes, a fifth sooner
     "min-pivot order": dict(preset="fast", order="min-pivot"),
     "sensitivity order": dict(preset="fast", order="sensitivity"),
+    "sensitivity order + starts": dict(preset="fast", order="sensitivity", starts=8),
     "… + sweeps in the tile": dict(preset="fast", order="sensitivity", sweeps=2),
     "… + candidates": dict(preset="fast", order="sensitivity", sweeps=2, candidates=6),
     "… + rounds": FIXED | dict(drift_correction=0.0),
