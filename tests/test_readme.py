@@ -116,6 +116,18 @@ def test_losses_are_means_over_seeds_and_bold_beyond_noise() -> None:
     assert sum(line.startswith("|  | W") for line in table) == 16  # W3 and W2 of eight metrics
 
 
+def test_perplexities_are_compared_by_their_logarithms() -> None:
+    """Where a method fails its seeds are orders of magnitude apart."""
+    topics = {"GPTQ order": (900.0, 2e4, 8e4), "SAPQ": (70.0, 65.0, 72.0)}
+    cells = {
+        f"W2 | {method} | {seed}": {"topics": value, "WikiText-2": value}
+        for method, values in topics.items()
+        for seed, value in enumerate(values, start=1)
+    }
+    table = summary.losses(studies(smollm2=cells))
+    assert "|  | W2 | – | 3e4 | – | **69.00 ± 3.61** | – |" in table
+
+
 def test_claim_is_in_points() -> None:
     cells = {}
     for bits in (8, 6, 4):

@@ -44,6 +44,7 @@ LOSSES = (
     Line("… mean total error of its layers", "minilm", "total error", (4, 3, 2), 4),
 )
 COLUMNS = (*METHODS, "exact OBQ")
+PERPLEXITIES = ("WikiText-2", "topics")
 OTHERS = ("minilm", "lite0", "yolov5n")  # models whose parts are measured beside SmolLM2's
 
 
@@ -69,12 +70,14 @@ class Value(NamedTuple):
         return short(self.value, digits) + noise
 
 
-def value_of(cells: Cells, row: str, method: str, metric: str) -> Value | None:
+def value_of(
+    cells: Cells, row: str, method: str, metric: str, of: Callable[[float], float] = float
+) -> Value | None:
     runs = [cells.get(f"{row} | {method} | seed {seed}") for seed in SEEDS]
     found = [run for run in runs if run is not None]
     if not found:
         return None
-    values = [run[metric] for run in found]
+    values = [of(run[metric]) for run in found]
     if metric == "top-1":
         noise: float | None = mean(run["standard error"] for run in found)
     else:
@@ -97,6 +100,10 @@ def losses(studies: Studies) -> str:
             row = f"W{bits} | {GRID[line.model]}"
             values = [value_of(studies[line.model], row, m, line.metric) for m in COLUMNS]
             texts = [NONE if value is None else value.text(line.digits) for value in values]
+            if line.metric in PERPLEXITIES:  # whose logarithm is the mean that seeds scatter around
+                values = [
+                    value_of(studies[line.model], row, m, line.metric, math.log) for m in COLUMNS
+                ]
             ours = COLUMNS.index("SAPQ")
             if all(_better(values[ours], v) for n, v in enumerate(values) if v and n != ours):
                 texts[ours] = f"**{texts[ours]}**"
