@@ -2,8 +2,9 @@
 
 import inspect
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -56,13 +57,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     training = {module: module.training for module in model.modules()}
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    # imported where anything was compiled, else not for this: it takes a second
+    compiles = "torch._dynamo" in sys.modules
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with (
         torch.random.fork_rng(devices),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(device, enabled=False),
-        torch.compiler.set_stance("force_eager"),
+        torch.compiler.set_stance("force_eager") if compiles else nullcontext(),
     ):
         try:
             torch.backends.mha.set_fastpath_enabled(False)
