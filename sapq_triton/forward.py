@@ -1,5 +1,6 @@
 """Forward passes of a model: how a batch gets into it, and nothing around it is disturbed."""
 
+import copy
 import inspect
 import random
 import sys
@@ -28,17 +29,16 @@ def feed(model: nn.Module, batch: Any) -> object:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The tensors of a batch, of whatever form."""
+    """The tensors of a batch, of whatever form. Never the dict or list itself: `forward` may take
+    something out, and runs again."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
         values = {key: to_device(value, device) for key, value in batch.items()}
-        # what is there already stays in a mapping of the user's own
-        return batch if all(value is batch[key] for key, value in values.items()) else values
+        stays = all(value is batch[key] for key, value in values.items())
+        return copy.copy(batch) if stays else values  # a mapping of the user's own stays one
     if isinstance(batch, tuple | list):
         moved = [to_device(value, device) for value in batch]
-        if all(value is before for value, before in zip(moved, batch, strict=True)):
-            return batch
         if isinstance(batch, list):
             return moved
         return batch._make(moved) if hasattr(batch, "_make") else tuple(moved)  # a namedtuple stays

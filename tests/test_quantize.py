@@ -538,6 +538,16 @@ class Labelled(NamedTuple):
             id="forward-named",
         ),
         pytest.param(
+            lambda x: [{"image": batch} for batch in x],
+            lambda model, batch: model(batch.pop("image")),
+            id="forward-takes-out",
+        ),
+        pytest.param(
+            lambda x: [[batch] for batch in x],
+            lambda model, batch: model(batch.pop()),
+            id="forward-takes-out-of-a-list",
+        ),
+        pytest.param(
             lambda x: [Encoding(image=batch) for batch in x],
             lambda model, batch: model(batch.image),
             id="forward-mapping",
