@@ -4,7 +4,8 @@
 
 Between two markers of README.md each comes
 performance           what `benchmarks.gate` measured: of the whole gates that passed on a GPU, the
-                      one of the latest date. Where there is none, the block says so
+                      one of the latest date; where there is none, the latest that timed anything,
+                      and what it found wrong; where no GPU did, the block says so
 losses, claim, parts  what `benchmarks.accuracy.study` measured, see `accuracy.summary`
 `tests/test_readme.py` fails where README.md is not what this command would write.
 """
@@ -30,26 +31,38 @@ Result = dict[str, Any]
 
 
 def newest(folder: Path) -> Result | None:
-    """The latest whole gate of full size that passed on a GPU, its test suite included."""
+    """The latest gate of full size on a GPU: whole and passed, its test suite included, or else one
+    that has timed solves."""
     found = []
     for file in sorted(folder.glob("*.json")):
         report = json.loads(file.read_text())
         if "stages" in report and report["environment"]["cuda"] and not report["quick"]:
-            found += [report] if report["passed"] and report["tested"] and report["whole"] else []
-    return max(found, key=lambda report: report["environment"]["date"], default=None)
+            found += [report] if is_proof(report) or report["stages"].get("solve_times") else []
+    return max(found, key=lambda x: (is_proof(x), x["environment"]["date"]), default=None)
 
 
-def lines(report: Result) -> Iterator[tuple[str, str, str, str, str]]:
-    """what, order or dtype, time, rate, of the ceiling"""
-    stages = report["stages"]
-    for row in stages["solve_times"]:
+def is_proof(report: Result) -> bool:
+    return report["passed"] and report["tested"] and report["whole"]
+
+
+def solves(rows: Sequence[Result]) -> str:
+    """One line a shape and grid, one column an order."""
+    orders = list(dict.fromkeys(row["order"] for row in rows))
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
         grid = "per channel" if row["group_size"] < 0 else f"groups of {row['group_size']}"
         what = f"solve {'×'.join(map(str, row['shape']))}, {grid}"
-        yield what, row["order"], brief(row["triton"]), "", ""
-    for row in stages["hessian_times"]:
+        cells.setdefault(what, {})[row["order"]] = brief(row["triton"])
+    lines = ([what, *(found.get(order, "–") for order in orders)] for what, found in cells.items())
+    return markdown(["", *orders], lines)
+
+
+def lines(stages: dict[str, list[Result]]) -> Iterator[tuple[str, str, str, str, str]]:
+    """what, order or dtype, time, rate, of the ceiling"""
+    for row in stages.get("hessian_times", ()):
         what = f"Hessian of {row['columns']} columns, {row['tokens or images']} {units(row)}"
         yield what, row["dtype"], brief(row["triton"]), *rate(row)
-    for row in stages["model_times"]:
+    for row in stages.get("model_times", ()):
         yield f"{row['model']}: {row['what']}", row["order"], brief(row["triton"]), *rate(row)
 
 
@@ -71,24 +84,36 @@ def block(report: Result | None) -> str:
     """The performance."""
     if report is None:
         return NOT_MEASURED
-    where = report["environment"]
-    text = (
-        f"On one {where['device']} (commit {where['commit']}, torch {where['torch']}, triton "
-        f"{where['triton']}), 4 bits, medians. Solves are without the error of their result,\n"
-        "their Hessian given, factorization included. Ceilings were measured in the same run.\n\n"
+    where, stages = report["environment"], report["stages"]
+    device = (
+        f"one {where['device']} (commit {where['commit']}, torch {where['torch']}, "
+        f"triton {where['triton']})"
     )
-    text += markdown(("what", "order, dtype", "time", "rate", "of the ceiling"), lines(report))
-    obq = report["stages"]["obq_times"][-1]
-    if obq["shape"] == ["whole model"]:
-        text += (
-            f"\n\nResNet-50, all layers: {brief(obq['SAPQ'])} against {brief(obq['OBQ'])} of exact "
-            f"OBQ with delayed updates and {brief(obq['literal'])} of its literal form, both on\n"
-            f"sampled rows and scaled: {obq['OBQ / SAPQ']:.0f} and {obq['literal / SAPQ']:.0f} "
-            f"times as fast (the paper: {obq['paper']})."
+    if is_proof(report):
+        text = f"On {device}:\n"
+    else:
+        wrong = "".join(f"* {failure}\n" for failure in report["failures"])
+        text = (
+            "**No whole gate has passed on a GPU yet**, and later commits than this one are not "
+            f"measured.\nA part of it on {device}\nfound wrong:\n\n{wrong}\nand took these times. "
         )
-    most = max(row["of 3 H + 2 W"] for row in report["stages"]["memory"])
-    text += f" Peak extra memory of a solve: {most:.0%} of 3 Hessians and 2 weights at most.\n"
-    return text
+    text += (
+        "4 bits, medians. Solves are without the error of their result, their Hessian given,\n"
+        "factorization included. Ceilings were measured in the same run.\n\n"
+    )
+    text += solves(stages["solve_times"]) + "\n\n"
+    text += markdown(("what", "order, dtype", "time", "rate", "of the ceiling"), lines(stages))
+    text += "\n\n"
+    for row in stages.get("obq_times", ())[-1:]:
+        if row["shape"] == ["whole model"]:
+            text += (
+                f"ResNet-50, all layers: {brief(row['SAPQ'])} against {brief(row['OBQ'])} of exact "
+                f"OBQ with delayed updates and {brief(row['literal'])} of its literal form, both on"
+                f"\nsampled rows and scaled: {row['OBQ / SAPQ']:.0f} and "
+                f"{row['literal / SAPQ']:.0f} times as fast (the paper: {row['paper']}). "
+            )
+    most = max(row["of 3 H + 2 W"] for row in stages["memory"])
+    return text + f"Peak extra memory of a solve: {most:.0%} of 3 Hessians and 2 weights at most.\n"
 
 
 def blocks(results: Path) -> dict[str, str]:

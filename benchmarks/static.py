@@ -34,12 +34,14 @@ chain         of one warp through its instructions in order, by the latencies of
               from L2 first
 issue         the same instructions, times the warps that share a scheduler
 ns            the larger of the two, at the boost clock
-far           ns of the product with the tiles before, per column of a layer with 4096 columns, that
-              is 2048 earlier ones on average, loads taken as hidden; not part of ns
+far           ns of the product with the tiles before in a launch of SPAN columns, per column, loads
+              taken as hidden; not part of ns
 barriers      per SUB columns
 
-Left out: other programs on the multiprocessor, and bandwidth. Each program reads the feedback once,
-from L2: with 4096 columns 34 MB, which is 4 GB for 128 programs.
+Left out: other programs on the multiprocessor, and bandwidth. An H100 took longer than the estimate
+with L2, with tiles of 128, blocks of 32 rows and 8 warps: the launch of 128 columns 63 us for 2048
+rows with one group, that is 490 ns a column, and 101 us for 4096 rows with 32 groups, whose grids
+lay with groups innermost then, a cache line for each row.
 """
 
 import argparse
@@ -69,6 +71,7 @@ import sapq_triton.kernels
 from benchmarks.cycles import Code
 from sapq_triton.codebook import NF4, Codebook
 from sapq_triton.kernels import launch
+from sapq_triton.kernels.solve_columns import MANY, SPAN
 from sapq_triton.packing import words
 from sapq_triton.spec import MSE_SHRINK
 from sapq_triton.window import Window
@@ -76,7 +79,7 @@ from sapq_triton.window import Window
 RESULTS = Path(__file__).parent / "results" / "static.json"
 SHORT = ("sm_90", "gfx942")
 GROWTH = 1.1  # of a column step over the committed one
-COLUMNS = 4096  # of the layer of the estimate, as in the cases below
+COLUMNS = 4096  # of the layer in the cases below
 TILE = 128  # columns of a tile of the re-ranked order
 
 
@@ -137,11 +140,12 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def grid_of(rows: int, groups: int, *group_shape: int) -> tuple[Tensor, Tensor, Tensor]:
     """scale, zero_point [1, rows, groups], group int64"""
-    scale, zero_point = meta(1, rows, groups), meta(1, rows, groups)
+    scale, zero_point = meta(1, groups, rows).mT, meta(1, groups, rows).mT
     return scale, zero_point, meta(*group_shape, dtype=torch.int64)
 
 
-# In the solver's layouts: weights [B, C, R] seen as [B, R, C], tiles cut out of larger matrices.
+# In the solver's layouts: weights [B, C, R] seen as [B, R, C], grids [B, G, R] as [B, R, G], tiles
+# cut out of larger matrices.
 # C = 4096 columns, R = 4096 rows, tiles of 128.
 
 
@@ -169,12 +173,13 @@ def solve_columns(
     precision: str,
     qmax: int | Codebook = 15,
     sparse: bool = False,
+    rows: int = 4096,
 ) -> None:
-    weight, feedback = meta(1, columns, 4096).mT, meta(1, columns, columns)
+    weight, feedback = meta(1, columns, rows).mT, meta(1, columns, columns)
     if columns > TILE:
         feedback = feedback.mT  # as the factor of a whole layer lies in memory
-    grid = grid_of(4096, groups, 1, columns)
-    pruned = meta(1, columns, 4096, dtype=torch.bool).mT if sparse else None
+    grid = grid_of(rows, groups, 1, columns)
+    pruned = meta(1, columns, rows, dtype=torch.bool).mT if sparse else None
     module.solve_columns(weight, weight, feedback, *grid, qmax, precision, pruned)
 
 
@@ -248,6 +253,11 @@ CASES: dict[str, dict[str, Callable[[ModuleType, str], None]]] = {
         "tile one group": lambda module, precision: solve_columns(module, TILE, 1, precision),
         "groups": lambda module, precision: solve_columns(module, COLUMNS, 32, precision),
         "one group": lambda module, precision: solve_columns(module, COLUMNS, 1, precision),
+        "many rows": lambda module, p: solve_columns(module, TILE, 32, p, rows=MANY),
+        "many rows one group": lambda module, p: solve_columns(module, TILE, 1, p, rows=MANY),
+        "many rows ragged pruned": lambda module, p: solve_columns(
+            module, TILE - 2, 6, p, sparse=True, rows=MANY
+        ),
         "groups ieee": lambda module, _: solve_columns(module, COLUMNS, 32, "ieee"),
         "ragged": lambda module, precision: solve_columns(module, COLUMNS + 4, 1, precision),
         # what the solver would launch on the last tile: the most registers
@@ -432,7 +442,7 @@ def column_step(
 
     issue = per_column(code.count) * sharing
     l1, l2 = map(chain, device.latency)
-    iterations = COLUMNS / 2 / BLOCK_J / TILE
+    iterations = (SPAN - TILE) / 2 / BLOCK_J / TILE
     far = iterations * sum(
         max(code.cycles(loop, device.latency[0]), code.count(loop) * sharing)
         for loop in columns.far

@@ -8,9 +8,10 @@ Same arithmetic as `sapq_triton.reference.solve_columns` but for the order of th
 PRECISION is not "ieee", its products beyond the SUB columns at hand: the codes are the same where
 every sum is exact, and otherwise unless w' / scale lies within the error of that sum from a tie.
 
-Rows never meet, so that one launch does all columns: a program owns BLOCK_R rows. The sum over
-earlier columns is a matrix product at two distances: of all columns before the tile, and of those
-between the start of the tile and the SUB columns at hand. A product spreads its elements over
+Rows never meet, so that one launch does SPAN columns: a program owns BLOCK_R rows. The sum over
+earlier columns is a matrix product at three distances: of all columns before the span, where the
+library's is the fastest; of those before the tile; and of those between the start of the tile and
+the SUB columns at hand. A product in the kernel spreads its elements over
 threads; through `exchange` they come to where a thread owns a whole row, with SUB columns in
 registers as a tuple of row vectors and scalar loads of the feedback: no shuffle and no barrier from
 one column to the next. `error` holds w' of a column until its error takes that place.
@@ -24,6 +25,8 @@ from torch import Tensor
 from .launch import parameters
 from .rounding import constants, nearest
 
+SPAN = 512  # columns of a launch
+MANY = 8192  # rows from which on a GPU is full: each thread then has a row of its own
 SUB = 16  # more columns in registers cost more compile time than they save
 
 
@@ -185,8 +188,29 @@ def solve_columns(
     # rows innermost, so that neighbouring threads meet neighbouring addresses
     codes = torch.empty((B, C, R), dtype=torch.uint8, device=weight.device).mT
     error = torch.empty((B, C, R), dtype=torch.float32, device=weight.device).mT
+    for start in range(0, C, SPAN):
+        before, span = slice(0, start), slice(start, start + SPAN)
+        now = running[:, :, span]
+        if start:
+            known = feedback[:, before, span].mT, error[:, :, before].mT
+            now = now.mT.baddbmm(*known).mT
+        _solve_span(
+            weight[:, :, span], now, feedback[:, span, span],
+            scale, zero_point, group[:, span], qmax, precision,
+            None if pruned is None else pruned[:, :, span],
+            codes[:, :, span], error[:, :, span],
+        )  # fmt: skip
+    return codes, error
+
+
+def _solve_span(
+    weight, running, feedback, scale, zero_point, group, qmax, precision, pruned, codes, error
+) -> None:  # fmt: skip
+    """One launch: the arguments of `solve_columns`, and what it fills."""
+    B, R, C = weight.shape
     zeros = codes if pruned is None else pruned.view(torch.uint8)
-    blocks = parameters("solve_columns", weight.device, precision)
+    variant = "many rows" if B * R >= MANY and precision != "ieee" else precision
+    blocks = parameters("solve_columns", weight.device, variant)
     programs = triton.cdiv(R, blocks["BLOCK_R"])
     size = (B, programs, 4, SUB, blocks["BLOCK_R"])
     exchange = torch.empty(size, dtype=torch.float32, device=weight.device)
@@ -212,4 +236,3 @@ def solve_columns(
             SUB=SUB,
             **blocks,
         )  # fmt: skip
-    return codes, error

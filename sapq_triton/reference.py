@@ -107,12 +107,12 @@ def _search_grid(
     else:
         half_range, middle, top = qmax / 2, (qmax + 1) // 2, qmax
     if symmetric:
-        full = w.abs().amax(0) / half_range
+        full = w.abs().amax(0) / w.new_full((), half_range)  # a GPU multiplies by 1 / a number
         full = torch.where(full == 0, 1.0, full)
         zero_point = torch.full_like(full, middle)
     else:
         low = w.amin(0).clamp_(max=0)
-        full = (w.amax(0).clamp_(min=0) - low) / top
+        full = (w.amax(0).clamp_(min=0) - low) / w.new_full((), top)
         full = torch.where(full == 0, 1.0, full)
         zero_point = (-low / full).round_()
     if len(shrink) == 1:

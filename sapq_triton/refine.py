@@ -14,6 +14,7 @@ from .codebook import Codebook
 from .hessian import PANEL
 from .ops import Backend, Precision
 from .result import dequantize, row_errors
+from .tile import rows_innermost
 
 
 def curvature(hessian: Tensor, columns: Tensor) -> Tensor:
@@ -65,8 +66,9 @@ def sweep(
     group = columns // (C // scale.shape[2])
     zeros = None if pruned is None else pruned.mT.gather(1, index).mT
     codes, _ = ops.solve_columns(
-        w, ahead.mT, curvature, scale, zero_point, group, qmax, precision, backend, zeros
-    )
+        w, ahead.mT, curvature, rows_innermost(scale), rows_innermost(zero_point), group, qmax,
+        precision, backend, zeros,
+    )  # fmt: skip
     return torch.empty_like(codes.mT).scatter_(1, index, codes.mT).mT
 
 

@@ -38,7 +38,7 @@ from .result import SolveReport, SolveResult, dequantize, moved, row_errors
 from .scales import snapped
 from .sparsity import Sparsity, prune_and_solve
 from .spec import Order, QuantSpec, Starts
-from .tile import bring_both_forward, bring_forward, to_front
+from .tile import bring_both_forward, bring_forward, rows_innermost, to_front
 from .tile_solver import by_curvature, solve_tile, starting_points
 
 # factors of the damping, tried one after another while the Hessian is not positive definite
@@ -106,7 +106,8 @@ def solve(
         cores, of leading and trailing bits), "tf32" (one, of ten bits of mantissa). On the layers
         of all-MiniLM-L6-v2 at 4 bits tf32x3 changed 1 code in 100,000 and no layer error by more
         than 1e-4, tf32 1 in 300, and layer errors by -0.3 to +0.4 %, 0 on average
-        (`python -m benchmarks.accuracy.precision`, which imitates the arithmetic on a CPU).
+        (`python -m benchmarks.accuracy.precision`, which imitates the arithmetic on a CPU). Products
+        by PyTorch are as `torch.set_float32_matmul_precision` says, of float32 unless told.
     measure: also compute the errors of the report, which takes two products of R x C by C x C.
     rows: who works on which rows: `ranks.SharedRows` where several processes make this call with
         the same arguments, and get the same result. Here on all of them by default.
@@ -118,7 +119,7 @@ def solve(
     "nearest" prunes by magnitude; "obq" does not prune.
 
     Peak memory beyond the arguments is (k C^2 + m R C) numbers of float32, for a float32 Hessian
-    and beside panels of 256 columns. k: 1, with `rounds` 2; one more where columns never fired, and
+    and beside panels of 512 columns. k: 1, with `rounds` 2; one more where columns never fired, and
     where the Hessian is not contiguous; inverses on a GPU hold 2 while they are made. For C =
     53,248 each is 11.3 GB, as is the Hessian. m: about 1.25 candidates in order "sensitivity",
     beside tiles, of which several starts hold five more, and 2.5 candidates in static orders;
@@ -356,7 +357,7 @@ def _moderate(hessian: Tensor) -> Tensor:
 def _finite(matrix: Tensor) -> Tensor:
     """Whether all elements are: [B, ...]  ->  bool [B], without a copy"""
     low, high = matrix.flatten(1).aminmax(dim=1)
-    return low.isfinite() & high.isfinite()
+    return low - low == high - high  # 0, but NaN of what is infinite or NaN
 
 
 def _improve(
@@ -548,6 +549,7 @@ def _solve_static(
 ) -> Solved:
     """One factorization, then the error-feedback loop over all columns in a fixed order."""
     B, R, C = weight.shape
+    scale, zero_point = rows_innermost(scale), rows_innermost(zero_point)
     columns, ranked = static_order(
         order, _repeated(weight, scale) if order == "sensitivity-static" else weight,
         hessian, damp, scale, zero_point, qmax, backend,
@@ -603,6 +605,7 @@ def _solve_reranked(
     group_size = C // scale.shape[2]
     if sparsity is not None:
         block = sparsity.whole(block)
+    scale, zero_point = rows_innermost(scale), rows_innermost(zero_point)
     a, solved = inverse(hessian, damp)
     a = a.float()
     # what is quantized lies in front of `start`, in order; what remains, behind it

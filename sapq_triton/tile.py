@@ -1,4 +1,7 @@
-"""Move the columns of the next tile to the front, touching no more than two tiles of columns."""
+"""Move the columns of the next tile to the front, touching no more than two tiles of columns.
+
+The solver's matrices have rows innermost in memory: a kernel reads all rows of a column at once.
+"""
 
 from typing import NamedTuple
 
@@ -7,10 +10,19 @@ from torch import Tensor
 
 
 class Move(NamedTuple):
-    """What was at position `source` comes to position `target`: int64 [B, 2 T] each."""
+    """What was at position `source` comes to position `target`: int64 [B, 2 T] each.
+
+    each: int64 [B, 1], the numbers of the problems.
+    """
 
     target: Tensor
     source: Tensor
+    each: Tensor
+
+
+def rows_innermost(matrix: Tensor) -> Tensor:
+    """Equal to a matrix [B, R, N], laid out so."""
+    return matrix.mT.contiguous().mT
 
 
 def to_front(picked: Tensor, length: int) -> Move:
@@ -28,14 +40,14 @@ def to_front(picked: Tensor, length: int) -> Move:
     source = torch.arange(length, device=picked.device).repeat(B, 1)
     source.scatter_(1, freed, evicted).scatter_(1, front, picked)
     target = torch.cat((front, freed), 1)
-    return Move(target, source.gather(1, target))
+    each = torch.arange(B, device=picked.device)[:, None]
+    return Move(target, source.gather(1, target), each)
 
 
 def bring_forward(tensor: Tensor, move: Move, dim: int) -> None:
     """Apply the exchange along `dim`, in place; dimension 0 is the batch."""
     lines = tensor.transpose(1, dim)
-    each = torch.arange(len(lines), device=lines.device)[:, None]
-    lines[each, move.target] = lines[each, move.source]
+    lines[move.each, move.target] = lines[move.each, move.source]
 
 
 def bring_both_forward(matrix: Tensor, move: Move) -> None:
@@ -43,8 +55,7 @@ def bring_both_forward(matrix: Tensor, move: Move) -> None:
 
     Only rows are read, which lie better in memory than columns.
     """
-    each = torch.arange(len(matrix), device=matrix.device)[:, None]
-    rows = matrix[each, move.source]
+    rows = matrix[move.each, move.source]
     bring_forward(rows, move, 2)
-    matrix[each, move.target] = rows
-    matrix.mT[each, move.target] = rows
+    matrix[move.each, move.target] = rows
+    matrix.mT[move.each, move.target] = rows

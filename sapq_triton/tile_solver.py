@@ -11,6 +11,7 @@ at 4 and at 2 bits, sixteen by 6 and 5 %; an order for each row, that of OBQ (`g
 by 4 and 6 %, and takes 130 times as long as one order on a CPU, where eight take 3.5 times.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -26,12 +27,21 @@ from .sparsity import Sparsity, prune_and_solve
 class Start(NamedTuple):
     """An order of the columns of a tile.
 
-    order: int64 [T], or None: as they are. root: [B, T, T], upper triangular, of
-    A_TT^-1 = root root^T in that order.
+    order, back: int64 [T], there and back again, or None: as they are. root: [B, T, T], upper
+    triangular, of A_TT^-1 = root root^T in that order.
     """
 
     order: Tensor | None
+    back: Tensor | None
     root: Tensor
+
+
+@lru_cache(maxsize=64)  # the same for every tile: a GPU gets them once
+def _random_orders(columns: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """int64 [count, columns], and back again"""
+    randoms = (torch.Generator("cpu").manual_seed(number + 1) for number in range(count))
+    orders = torch.stack([torch.randperm(columns, generator=r, device="cpu") for r in randoms])
+    return orders.to(device), orders.argsort(1).to(device)
 
 
 def starting_points(inverse: Tensor, count: int) -> tuple[list[Start], Tensor]:
@@ -41,19 +51,17 @@ def starting_points(inverse: Tensor, count: int) -> tuple[list[Start], Tensor]:
     rounding makes indefinite in another order costs NaN there, and no row keeps it.
     """
     T = inverse.shape[1]
-    identity = torch.eye(T, device=inverse.device).expand_as(inverse)
-    starts, failed = [], []
-    for number in range(count):
-        order, a = None, inverse
-        if number:
-            random = torch.Generator("cpu").manual_seed(number)
-            order = torch.randperm(T, generator=random, device="cpu").to(inverse.device)
-            a = inverse[:, order][:, :, order]
-        lower, info = torch.linalg.cholesky_ex(a)  # A_TT = L L^T = U^T U
-        root = torch.linalg.solve_triangular(lower, identity, upper=False).mT  # U^-1
-        starts.append(Start(order, root))
-        failed.append(info)
-    return starts, failed[0] == 0
+    orders: list[tuple[Tensor | None, Tensor | None]] = [(None, None)]
+    a = inverse[None]
+    if count > 1:
+        there, back = _random_orders(T, count - 1, inverse.device)
+        orders += zip(there, back, strict=True)
+        others = inverse[:, there[:, :, None], there[:, None, :]].transpose(0, 1)
+        a = torch.cat((a, others))
+    lower, info = torch.linalg.cholesky_ex(a)  # A_TT = L L^T = U^T U
+    identity = torch.eye(T, device=inverse.device).expand_as(a)
+    roots = torch.linalg.solve_triangular(lower, identity, upper=False).mT  # U^-1
+    return [Start(*both, root) for both, root in zip(orders, roots, strict=True)], info[0] == 0
 
 
 def solve_tile(
@@ -87,10 +95,10 @@ def solve_tile(
     how = precision, backend
     pruned: Tensor | None = None
     best: tuple[Tensor, ...] = ()
-    for order, root in starts:
+    for order, back, root in starts:
         w, grid = _in_order(now, order), (*scales, _in_order(group, order), qmax)
         zeros = None if pruned is None else _in_order(pruned, order)
-        feedback, back = _by_diagonal(root), None if order is None else order.argsort()
+        feedback = _by_diagonal(root)
         if greedy is not None:
             code, solved = solve_obq(w, greedy, *grid, weight.shape[2], *how)
             s, z = (reference.per_column(each, grid[2]) for each in scales)
@@ -104,9 +112,10 @@ def solve_tile(
         else:
             code, error = ops.solve_columns(w, w, feedback, *grid, *how, zeros)
         curvature = _by_diagonal(root @ root.mT)
+        below = curvature.tril(-1).mT
         for _ in range(sweeps):
             # the same loop again; the columns ahead stand where the last pass put them
-            ahead = w.mT.baddbmm(curvature.tril(-1).mT, error.mT).mT
+            ahead = w.mT.baddbmm(below, error.mT).mT
             code, error = ops.solve_columns(w, ahead, curvature, *grid, *how, zeros)
         if greedy is not None:
             error = error.masked_fill(~solved[:, None, None], torch.nan)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sapq_triton import ops, reference
+from sapq_triton.kernels import accumulate_hessian as kernel
 from sapq_triton.window import Window
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-4}  # absolute 3.5e-5 measured, sums up to 340
@@ -120,6 +122,35 @@ def test_patches_of_integers_are_exact(
 ) -> None:
     actual, expected = sums(integers(shape, device), window)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "shape, window, launches",
+    [
+        ((70, 5, 1, 1, 1), Window(), 5),
+        ((5, 4, 1, 3, 4), Window((1, 2, 1), groups=2), 3),
+        ((3, 2, 1, 9, 8), Window((1, 3, 3)), 3),  # an image has more rows, and is not cut
+    ],
+)
+def test_many_rows_in_several_launches(
+    shape: tuple[int, ...], window: Window, launches: int, dtype: torch.dtype,
+    device: torch.device, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Each adds to those before it."""
+    seen = []
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            seen.append(grid)
+            return launch[grid]
+
+    launch = kernel._accumulate_hessian_kernel
+    monkeypatch.setattr(kernel, "_accumulate_hessian_kernel", Counted())
+    monkeypatch.setattr(kernel, "CHUNK", 16)
+    actual, expected = sums(integers(shape, device), window, dtype)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert len(seen) == launches
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16, torch.float64], ids=str)

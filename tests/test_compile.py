@@ -16,7 +16,9 @@ from sapq_triton.kernels import launch
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ("ptxas", "cuobjdump", "nvdisasm")
-STEP = 70  # SASS instructions of solve_columns on sm_90, but for ragged tiles and codebooks
+# SASS instructions of solve_columns on sm_90, but for ragged tiles, codebooks, and many rows, where
+# a warp has more of them
+STEP = 75
 
 needs_tools = pytest.mark.skipif(
     not all((static.NVIDIA_TOOLS / tool).exists() for tool in TOOLS),
@@ -74,7 +76,7 @@ def assert_short_steps(numbers: Numbers) -> None:
         if (cost["kernel"], cost["target"]) == ("solve_columns", "sm_90")
     }
     assert steps.keys() == static.CASES["solve_columns"].keys()
-    longer = ("ragged", "ragged pruned", "codebook")
+    longer = {name for name in steps if name.startswith(("ragged", "codebook", "many rows"))}
     assert all(step > 0 for step in steps.values()), steps
     assert all(step <= STEP for name, step in steps.items() if name not in longer), steps
 

@@ -157,8 +157,9 @@ def test_compat_is_the_published_algorithm(
 
 
 @pytest.mark.parametrize("compat", [False, True])
-def test_kernels_find_the_same(compat: bool) -> None:
-    problem, codes = linear(24, 4), []
+def test_kernels_find_the_same(compat: bool, device: torch.device) -> None:
+    layer, inputs = linear(24, 4)
+    problem, codes = (layer.to(device), inputs.to(device)), []
     for backend in ("reference", "triton"):
         gptq = configured(prepared(problem, compat=compat, backend=backend))
         gptq.fasterquant(16, groupsize=8, actorder=True)

@@ -319,7 +319,7 @@ def test_gptq_config(tmp_path: Path) -> None:
     alone = json.loads((tmp_path / "net" / "quantize_config.json").read_text())
     assert config == alone
     quantizer = config.pop("meta")["quantizer"]
-    assert quantizer[0].startswith("sapq-triton:")
+    assert quantizer[0].startswith("sapq-triton")  # with the version, unless it is a mere checkout
     assert config == {
         "quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False,
         "lm_head": False, "checkpoint_format": "gptq", "pack_dtype": "int32",
@@ -840,7 +840,8 @@ def test_a_group_index_without_an_axis(gptq: Path) -> None:
         ({"hidden_size": 2**20}, "weights, and the files hold"),
         ({"hidden_size": None}, "describes no model that transformers can build: .*hidden_size"),
         ({"hidden_act": "SILU"}, "describes no model that transformers can build: KeyError"),
-        ({"architectures": [[]]}, "names architecture"),
+        # transformers 5.17 looks at the type itself
+        ({"architectures": [[]]}, "names architecture|describes no model"),
     ],
 )
 def test_configurations_of_others(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "scales": {"codebook", "reference", "spec"},
     "packing": set(),
     "preset": {"spec"},
-    "refine": {"codebook", "hessian", "ops", "result"},
+    "refine": {"codebook", "hessian", "ops", "result", "tile"},
     "sparsity": {"codebook", "ops", "spec"},
     "tile_solver": {"codebook", "obq", "ops", "reference", "sparsity"},
     "grids": {"hessian", "memory", "ops", "scales", "spec"},

@@ -56,7 +56,7 @@ def test_newest_gate_is_written(tmp_path: Path) -> None:
     text = page.read_text()
     assert text.startswith("above\n") and text.endswith("<!-- /parts -->\nbelow\n")
     assert "New GPU" in text and "Old GPU" not in text and "stale" not in text
-    assert "| solve 4096×4096, groups of 128 | activation | 2.5 ms |  |  |" in text
+    assert "|  | activation |\n|---|---|\n| solve 4096×4096, groups of 128 | 2.5 ms |\n" in text
     assert "| Hessian of 4096 columns, 262144 tokens | bfloat16 | 9 ms | 489 TFLOP/s" in text
     assert "75% of matmul" in text and "ResNet-50: solves | sensitivity | 1.50 s" in text
     assert "90 and 990 times as fast" in text
@@ -64,22 +64,26 @@ def test_newest_gate_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"passed": False},
-        {"tested": False},
-        {"whole": False},
-        {"quick": True},
-        {"environment": {"cuda": None}},
-    ],
-    ids=lambda changes: next(iter(changes)),
+    "changes", [{"quick": True}, {"environment": {"cuda": None}}, {"stages": {}}]
 )
-def test_only_a_whole_gate_that_passed_on_a_gpu_counts(
-    changes: dict[str, Any], tmp_path: Path
-) -> None:
-    gate(tmp_path, "some", **changes)
+def test_only_times_of_a_gpu_count(changes: dict[str, Any], tmp_path: Path) -> None:
+    gate(tmp_path, "some", **({"passed": False} | changes))
     assert readme.newest(tmp_path) is None
     assert readme.block(None) == readme.NOT_MEASURED
+
+
+@pytest.mark.parametrize("missing", ["passed", "tested", "whole"])
+def test_what_is_no_whole_gate_says_so(missing: str, tmp_path: Path) -> None:
+    """And stands behind every one that is."""
+    wrong = {missing: False, "failures": ["hessian: off"], "environment": {"date": "2026-03-01"}}
+    part = readme.newest(tmp_path) or gate(tmp_path, "Part", **wrong)
+    assert readme.newest(tmp_path) == part
+    text = readme.block(part)
+    assert text.startswith("**No whole gate has passed on a GPU yet**, and later commits than this")
+    assert "A part of it on one Part (commit 0123abc" in text and "\n* hessian: off\n" in text
+    whole = gate(tmp_path, "Whole", failures=[])
+    assert readme.newest(tmp_path) == whole
+    assert readme.block(whole).startswith("On one Whole (commit 0123abc")
 
 
 def test_markers_are_needed() -> None:

@@ -1,10 +1,14 @@
 """solve_columns: bit for bit the reference where sums are exact, consistent in itself otherwise."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from sapq_triton import ops, reference
+from sapq_triton.kernels import launch
+from sapq_triton.kernels import solve_columns as kernel
 
 SHAPES = [  # B, R, T, G
     pytest.param(1, 1, 16, 1, id="one-row"),
@@ -47,6 +51,48 @@ def test_dyadic_tiles_are_exact(
     arguments = dyadic(B, R, T, G, device)
     actual = ops.solve_columns(*arguments, qmax, backend="triton")
     assert_same(actual, reference.solve_columns(*arguments, qmax))
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "pruned"])
+@pytest.mark.parametrize("B, R, T, G", [(2, 9, 70, 3), (1, 5, 64, 1)])
+def test_one_launch_after_another(
+    B: int, R: int, T: int, G: int, sparse: bool, device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Each takes up the errors of those before it."""
+    monkeypatch.setattr(kernel, "SPAN", 32)
+    arguments = dyadic(B, R, T, G, device)
+    pruned = torch.rand(B, R, T, device=device) < 0.5 if sparse else None
+    actual = ops.solve_columns(*arguments, 15, backend="triton", pruned=pruned)
+    assert_same(actual, reference.solve_columns(*arguments, 15, pruned))
+
+
+@pytest.mark.parametrize(
+    "B, R, precision, variant",
+    [
+        (1, 39, "tf32x3", "tf32x3"),
+        (1, 40, "tf32x3", "many rows"),
+        (2, 20, "tf32", "many rows"),
+        (1, 40, "ieee", "ieee"),
+    ],
+)
+def test_many_rows_have_a_launch_of_their_own(
+    B: int, R: int, precision: ops.Precision, variant: str, device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    seen = []
+
+    def parameters(*key: Any) -> launch.Entry:
+        seen.append(key[2])
+        return launch.parameters(*key)
+
+    monkeypatch.setattr(kernel, "MANY", 40)
+    monkeypatch.setattr(kernel, "parameters", parameters)
+    monkeypatch.setattr(ops, "dot_precision", lambda asked: asked)
+    arguments = dyadic(B, R, 37, 3, device)
+    actual = ops.solve_columns(*arguments, 15, precision, "triton")
+    assert seen == [variant]
+    assert_same(actual, reference.solve_columns(*arguments, 15))
 
 
 @pytest.mark.parametrize("B, R, T, G", [SHAPES[2], SHAPES[4], SHAPES[6]])

@@ -107,10 +107,11 @@ def test_the_first_start_is_the_order_that_there_is() -> None:
     starts, positive = starting_points(inverse, 3)
     assert starts[0].order is None and positive.all()
     natural = torch.arange(7)
-    orders = [natural if order is None else order for order, _ in starts]
+    orders = [natural if start.order is None else start.order for start in starts]
     assert len({tuple(order.tolist()) for order in orders}) == 3
-    for order, (_, root) in zip(orders, starts, strict=True):
+    for order, (_, back, root) in zip(orders, starts, strict=True):
         assert sorted(order.tolist()) == [*range(7)]
+        assert back is None or order[back].equal(natural)
         assert (root.tril(-1) == 0).all()
         expected = torch.linalg.inv(inverse[:, order][:, :, order])
         torch.testing.assert_close(root @ root.mT, expected)
