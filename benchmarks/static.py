@@ -71,7 +71,7 @@ import sapq_triton.kernels
 from benchmarks.cycles import Code
 from sapq_triton.codebook import NF4, Codebook
 from sapq_triton.kernels import launch
-from sapq_triton.kernels.solve_columns import MANY, SPAN
+from sapq_triton.kernels.solve_columns import SPAN
 from sapq_triton.packing import words
 from sapq_triton.spec import MSE_SHRINK
 from sapq_triton.window import Window
@@ -173,13 +173,12 @@ def solve_columns(
     precision: str,
     qmax: int | Codebook = 15,
     sparse: bool = False,
-    rows: int = 4096,
 ) -> None:
-    weight, feedback = meta(1, columns, rows).mT, meta(1, columns, columns)
+    weight, feedback = meta(1, columns, 4096).mT, meta(1, columns, columns)
     if columns > TILE:
         feedback = feedback.mT  # as the factor of a whole layer lies in memory
-    grid = grid_of(rows, groups, 1, columns)
-    pruned = meta(1, columns, rows, dtype=torch.bool).mT if sparse else None
+    grid = grid_of(4096, groups, 1, columns)
+    pruned = meta(1, columns, 4096, dtype=torch.bool).mT if sparse else None
     module.solve_columns(weight, weight, feedback, *grid, qmax, precision, pruned)
 
 
@@ -253,11 +252,6 @@ CASES: dict[str, dict[str, Callable[[ModuleType, str], None]]] = {
         "tile one group": lambda module, precision: solve_columns(module, TILE, 1, precision),
         "groups": lambda module, precision: solve_columns(module, COLUMNS, 32, precision),
         "one group": lambda module, precision: solve_columns(module, COLUMNS, 1, precision),
-        "many rows": lambda module, p: solve_columns(module, TILE, 32, p, rows=MANY),
-        "many rows one group": lambda module, p: solve_columns(module, TILE, 1, p, rows=MANY),
-        "many rows ragged pruned": lambda module, p: solve_columns(
-            module, TILE - 2, 6, p, sparse=True, rows=MANY
-        ),
         "groups ieee": lambda module, _: solve_columns(module, COLUMNS, 32, "ieee"),
         "ragged": lambda module, precision: solve_columns(module, COLUMNS + 4, 1, precision),
         # what the solver would launch on the last tile: the most registers

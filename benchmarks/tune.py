@@ -57,11 +57,10 @@ IN_TURNS: Times = partial(interleaved, budget=BUDGET)
 
 @dataclass(frozen=True)
 class Sizes:
-    """solves: R, C. many: R, more than the GPU has threads for. tile: columns of a group, and of a
-    tile of the solver. hessians: layer, images or tokens in a batch. obq: rows, columns, steps."""
+    """solves: R, C. tile: columns of a group, and of a tile of the solver. hessians: layer, images
+    or tokens in a batch. obq: rows, columns, steps."""
 
     solves: tuple[tuple[int, int], ...]
-    many: int
     tile: int
     hessians: tuple[tuple[Layer, int], ...]
     obq: tuple[tuple[int, int, int], ...]
@@ -69,14 +68,12 @@ class Sizes:
 
 FULL = Sizes(
     solves=((512, 4608), (4096, 4096)),
-    many=24576,
     tile=128,
     hessians=((LINEAR["q_proj"], 16384), (CONVOLUTIONS["layer3.1.conv2"], 64)),
     obq=((1024, 512, 32), (64, 2048, 32)),
 )
 TINY = Sizes(  # for the tests, in Triton's interpreter
     solves=((8, 40),),
-    many=24,
     tile=20,
     hessians=(
         (Layer("rows", 1, 16, 16, (16,)), 40),
@@ -122,11 +119,6 @@ def solve_columns(sizes: Sizes, device: torch.device) -> Iterator[Case]:
         yield bench_solve_columns.case(R, C, device)  # static orders
 
 
-def many_rows(sizes: Sizes, device: torch.device) -> Iterator[Case]:
-    yield bench_solve_columns.case(sizes.many, sizes.tile, device)
-    yield bench_solve_columns.case(sizes.many, 4 * sizes.tile, device)
-
-
 def compensate(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     for R, C in sizes.solves:
         yield bench_compensate.case(R, C - sizes.tile, sizes.tile, device)
@@ -161,11 +153,7 @@ COLUMNS = [  # BLOCK_J divides TILE
     *grid(TILE=[64], BLOCK_J=[16, 32, 64], BLOCK_R=[16, 32], num_warps=[4, 8]),
     *grid(TILE=[128], BLOCK_J=[32], BLOCK_R=[16, 32], num_warps=[4, 8]),
     *grid(TILE=[32], BLOCK_J=[32], BLOCK_R=[32], num_warps=[1, 2, 4]),
-]
-ROWS = [  # no more threads than rows, or twice as many
     *grid(TILE=[16], BLOCK_J=[16], BLOCK_R=[32], num_warps=[1, 2]),
-    *grid(TILE=[16, 64], BLOCK_J=[16], BLOCK_R=[64], num_warps=[2, 4]),
-    *grid(TILE=[128], BLOCK_J=[32], BLOCK_R=[16, 32], num_warps=[4]),
 ]
 HESSIAN = [
     *grid(BLOCK_C=[64], BLOCK_ROWS=[32, 64], num_warps=[4], num_stages=[2, 3]),
@@ -184,7 +172,6 @@ JOBS: dict[str, Job] = {
         column_sensitivity, grid(BLOCK_F=[8, 16, 32], BLOCK_R=[64, 128, 256], num_warps=[4])
     ),
     "solve_columns": Job(solve_columns, COLUMNS),
-    "solve_columns many rows": Job(many_rows, ROWS),
     "solve_columns ieee": Job(solve_columns, COLUMNS, "ieee"),
     "compensate": Job(
         compensate, grid(BLOCK_F=[64, 128], BLOCK_R=[64, 128], BLOCK_T=[16, 32], num_warps=[4, 8])

@@ -26,7 +26,6 @@ from .launch import parameters
 from .rounding import constants, nearest
 
 SPAN = 512  # columns of a launch
-MANY = 8192  # rows from which on a GPU is full: each thread then has a row of its own
 SUB = 16  # more columns in registers cost more compile time than they save
 
 
@@ -209,8 +208,7 @@ def _solve_span(
     """One launch: the arguments of `solve_columns`, and what it fills."""
     B, R, C = weight.shape
     zeros = codes if pruned is None else pruned.view(torch.uint8)
-    variant = "many rows" if B * R >= MANY and precision != "ieee" else precision
-    blocks = parameters("solve_columns", weight.device, variant)
+    blocks = parameters("solve_columns", weight.device, precision)
     programs = triton.cdiv(R, blocks["BLOCK_R"])
     size = (B, programs, 4, SUB, blocks["BLOCK_R"])
     exchange = torch.empty(size, dtype=torch.float32, device=weight.device)

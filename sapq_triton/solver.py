@@ -106,8 +106,8 @@ def solve(
         cores, of leading and trailing bits), "tf32" (one, of ten bits of mantissa). On the layers
         of all-MiniLM-L6-v2 at 4 bits tf32x3 changed 1 code in 100,000 and no layer error by more
         than 1e-4, tf32 1 in 300, and layer errors by -0.3 to +0.4 %, 0 on average
-        (`python -m benchmarks.accuracy.precision`, which imitates the arithmetic on a CPU). Products
-        by PyTorch are as `torch.set_float32_matmul_precision` says, of float32 unless told.
+        (`python -m benchmarks.accuracy.precision`, which imitates the arithmetic on a CPU). What
+        PyTorch multiplies is float32, unless `torch.set_float32_matmul_precision` says otherwise.
     measure: also compute the errors of the report, which takes two products of R x C by C x C.
     rows: who works on which rows: `ranks.SharedRows` where several processes make this call with
         the same arguments, and get the same result. Here on all of them by default.

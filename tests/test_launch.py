@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import tune
-from sapq_triton.kernels import launch, solve_columns
+from sapq_triton.kernels import launch
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = json.loads(launch.PATH.read_text())
@@ -67,8 +67,6 @@ def test_a_launcher_takes_all_of_its_entry(
     monkeypatch.setattr(launch, "table", lambda: {launch.DEFAULT: entries})
     if not tune.used(name):
         pytest.skip("not launched on this device")
-    if name.endswith("many rows"):
-        monkeypatch.setattr(solve_columns, "MANY", 1)
     run(name, device)
     assert {other for other, entry in entries.items() if entry.read} == {name}
     assert entries[name].read == DEFAULT[name].keys()

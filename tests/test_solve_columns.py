@@ -1,13 +1,10 @@
 """solve_columns: bit for bit the reference where sums are exact, consistent in itself otherwise."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 from sapq_triton import ops, reference
-from sapq_triton.kernels import launch
 from sapq_triton.kernels import solve_columns as kernel
 
 SHAPES = [  # B, R, T, G
@@ -65,34 +62,6 @@ def test_one_launch_after_another(
     pruned = torch.rand(B, R, T, device=device) < 0.5 if sparse else None
     actual = ops.solve_columns(*arguments, 15, backend="triton", pruned=pruned)
     assert_same(actual, reference.solve_columns(*arguments, 15, pruned))
-
-
-@pytest.mark.parametrize(
-    "B, R, precision, variant",
-    [
-        (1, 39, "tf32x3", "tf32x3"),
-        (1, 40, "tf32x3", "many rows"),
-        (2, 20, "tf32", "many rows"),
-        (1, 40, "ieee", "ieee"),
-    ],
-)
-def test_many_rows_have_a_launch_of_their_own(
-    B: int, R: int, precision: ops.Precision, variant: str, device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    seen = []
-
-    def parameters(*key: Any) -> launch.Entry:
-        seen.append(key[2])
-        return launch.parameters(*key)
-
-    monkeypatch.setattr(kernel, "MANY", 40)
-    monkeypatch.setattr(kernel, "parameters", parameters)
-    monkeypatch.setattr(ops, "dot_precision", lambda asked: asked)
-    arguments = dyadic(B, R, 37, 3, device)
-    actual = ops.solve_columns(*arguments, 15, precision, "triton")
-    assert seen == [variant]
-    assert_same(actual, reference.solve_columns(*arguments, 15))
 
 
 @pytest.mark.parametrize("B, R, T, G", [SHAPES[2], SHAPES[4], SHAPES[6]])

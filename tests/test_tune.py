@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import tune
 from sapq_triton import ops
-from sapq_triton.kernels import launch, solve_columns
+from sapq_triton.kernels import launch
 
 FAST, SLOW = (
     {"BLOCK_F": 16, "BLOCK_T": 16, "num_warps": 4},
@@ -158,12 +158,8 @@ def test_every_case_counts(device: torch.device, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", tune.JOBS)
-def test_every_candidate_is_right(
-    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_candidate_is_right(name: str, device: torch.device) -> None:
     job = tune.JOBS[name]
-    if name.endswith("many rows"):
-        monkeypatch.setattr(solve_columns, "MANY", 1)
     if name.endswith("16-bit"):  # the interpreter multiplies the bit patterns of bfloat16
         job = replace(job, cases=partial(tune.accumulate_hessian, torch.float16))
     with tune.products(job.precision):
