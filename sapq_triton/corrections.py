@@ -47,6 +47,11 @@ class Corrections:
 
     def saw(self, batch: int, name: str, visits: int, moments: Sequence[BatchMoments]) -> None:
         """What a batch brought to a BatchNorm of the untouched model."""
+        if self.rule == "reestimate" and any(part.number == 1 for part in moments):
+            raise ValueError(
+                f"batchnorm 'reestimate' has no variance of one value per channel, which is what "
+                f"batch {batch} brings to {name!r}: give larger batches, or choose 'paired'"
+            )
         self.visits[name] = max(visits, self.visits.get(name, 0))
         if moments:
             self.before.setdefault(name, ChannelMoments()).parts[batch] = list(moments)

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -165,6 +166,10 @@ def quantize(
     drift = options.pop("drift_correction")
     options |= dict(precision=precision, backend=backend)
     _check(model, batches, spec, skip, overrides, batchnorm, drift, hessian_dtype, options)
+    _check_flags(
+        bias_correction=bias_correction, pack=pack, replay=replay, distributed=distributed,
+        deterministic=deterministic,
+    )  # fmt: skip
     if options["order"] == "nearest":
         options["damp"], drift = DAMP, 0.0
     batches, skip = list(batches), list(skip)
@@ -260,6 +265,12 @@ def _check(
         **{**options, "damp": DAMP if options["damp"] is None else options["damp"],
            "backend": "reference"},
     )  # fmt: skip
+
+
+def _check_flags(**flags: object) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

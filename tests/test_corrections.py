@@ -256,6 +256,22 @@ def test_reestimate_spares_what_no_batch_reaches() -> None:
         assert torch.equal(tensor, before[name])
 
 
+def test_reestimate_needs_more_than_one_value() -> None:
+    """And says so before anything is solved."""
+    model, data = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).eval(), torch.randn(10, 6)
+    before = copy.deepcopy(model.state_dict())
+    solved: list[str] = []
+    with pytest.raises(ValueError, match="one value per channel, which is what batch 1 brings to"):
+        quantize_with_bar(
+            model, [data[:9], data[9:]], SPEC, batchnorm="reestimate", progress=solved.append
+        )
+    assert solved == []
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    quantize(model, [data[:9], data[9:]], SPEC, batchnorm="paired")
+    quantize(model, [data[:8], data[8:]], SPEC, batchnorm="reestimate")
+
+
 @pytest.mark.parametrize("kind", ["rows", "tokens", "images"])
 def test_rounding_a_layer_does_not_shift_its_mean_output(kind: str) -> None:
     if kind == "images":

@@ -426,6 +426,10 @@ def test_bad_weight_is_named(value: float) -> None:
         (dict(skip=["head"]), "pattern 'head' matches no layer; layers are ['0', '2']"),
         (dict(overrides={"h*": SPEC}), "pattern 'h*' matches no layer; layers are ['0', '2']"),
         (dict(skip=["*"]), "no layer to quantize; left out: {'0': 'as asked', '2': 'as asked'}"),
+        *(
+            ({flag: "no"}, f"{flag} must be True or False, got 'no'")
+            for flag in ("bias_correction", "pack", "replay", "distributed", "deterministic")
+        ),
         (dict(batchnorm="reset"), "batchnorm must be one of ('paired', 'reestimate', 'keep'), got"),
         (dict(hessian_dtype=torch.float16), "summed in float32 or float64, got torch.float16"),
         (dict(order="best"), "order must be one of"),
