@@ -1,6 +1,8 @@
 """The GPU gate on a CPU: it passes, and a wrong result of any kind ends it."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -287,9 +289,28 @@ def test_failing_suite_ends_the_gate(
     assert status == 1 and report["tested"]
     assert [command[1:3] for command in commands] == [["-m", "pytest"]]
     (row,) = report["stages"]["tests"]
-    assert row["failed"] == ["FAILED tests/test_x.py::test_y - assert 1 == 2"]
+    assert row["failed"] == ["tests/test_x.py::test_y"]
     assert row["summary"] == "1 failed in 0.01s"
     assert list(report["stages"]) == ["tests"]
+
+
+def test_a_suite_that_takes_too_long_ends_the_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what had failed until then. The suite here is a program that prints, and goes on."""
+    printed = (
+        "[gw1] [ 7%] FAILED tests/test_x.py::test_y[a b] \\n[gw0] [ 8%] PASSED tests/test_z.py"
+    )
+    program = f"print('{printed}', flush=True); import time; time.sleep(60)"
+    real = subprocess.run
+    other = [sys.executable, "-c", program]
+    monkeypatch.setattr(gate.subprocess, "run", lambda _, **options: real(other, **options))
+    monkeypatch.setattr(gate.Gate, "limit", lambda *_: 2.0)
+    made = gate.Gate(gate.TINY, torch.device("cuda"))
+    (row,) = made.tests()
+    assert not row["ok"] and row["status"] == -1
+    assert row["failed"] == ["tests/test_x.py::test_y[a b]"]
+    assert row["summary"] == "stopped after 2 s"
 
 
 def test_without_a_gpu_it_says_so(
