@@ -58,9 +58,7 @@ def starting_points(inverse: Tensor, count: int) -> tuple[list[Start], Tensor]:
         orders += zip(there, back, strict=True)
         others = inverse[:, there[:, :, None], there[:, None, :]].transpose(0, 1)
         a = torch.cat((a, others))
-    lower, info = torch.linalg.cholesky_ex(a)  # A_TT = L L^T = U^T U
-    identity = torch.eye(T, device=inverse.device).expand_as(a)
-    roots = torch.linalg.solve_triangular(lower, identity, upper=False).mT  # U^-1
+    roots, info = _roots(a)
     return [Start(*both, root) for both, root in zip(orders, roots, strict=True)], info[0] == 0
 
 
@@ -142,10 +140,15 @@ def by_curvature(inverse: Tensor) -> Tensor:
 
     That is the activation order given that the columns outside the tile will compensate.
     """
-    lower, info = torch.linalg.cholesky_ex(inverse)
-    lower.diagonal(dim1=1, dim2=2).masked_fill_(info[:, None] != 0, 1)
-    curvature = torch.cholesky_inverse(lower).diagonal(dim1=1, dim2=2)
+    curvature = _roots(inverse)[0].square().sum(2)  # NaN where A_TT is not positive definite
     return curvature.argsort(dim=1, descending=True, stable=True)
+
+
+def _roots(inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """U^-1 of A_TT = U^T U, so that A_TT^-1 = U^-1 U^-T, and `info`: [..., T, T]  ->  it, [...]"""
+    lower, info = torch.linalg.cholesky_ex(inverse)
+    identity = torch.eye(inverse.shape[-1], device=inverse.device).expand_as(inverse)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).mT, info
 
 
 def _by_diagonal(matrix: Tensor) -> Tensor:
