@@ -223,6 +223,8 @@ def permuted(matrix: Tensor, columns: Tensor) -> Tensor:
     """matrix[columns, columns] per problem: [B, C, C], int64 [B, T]  ->  [B, T, T]"""
     B, T = columns.shape
     each = torch.arange(B, device=matrix.device)[:, None]
+    if T <= PANEL:  # of rows that may be long: element by element
+        return matrix[each[:, None], columns[:, :, None], columns[:, None, :]]
     out = torch.empty(B, T, T, dtype=matrix.dtype, device=matrix.device)
     for start in range(0, T, PANEL):
         panel = slice(start, min(start + PANEL, T))
