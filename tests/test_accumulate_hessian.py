@@ -126,15 +126,16 @@ def test_patches_of_integers_are_exact(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    "shape, window, launches",
+    "shape, window, chunk, launches",
     [
-        ((70, 5, 1, 1, 1), Window(), 5),
-        ((5, 4, 1, 3, 4), Window((1, 2, 1), groups=2), 3),
-        ((3, 2, 1, 9, 8), Window((1, 3, 3)), 3),  # an image has more rows, and is not cut
+        ((70, 5, 1, 1, 1), Window(), 16, 5),
+        ((2100, 3, 1, 1, 1), Window(), 512, 3),  # two programs share them
+        ((5, 4, 1, 3, 4), Window((1, 2, 1), groups=2), 16, 3),
+        ((3, 2, 1, 9, 8), Window((1, 3, 3)), 16, 3),  # an image has more rows, and is not cut
     ],
 )
 def test_many_rows_in_several_launches(
-    shape: tuple[int, ...], window: Window, launches: int, dtype: torch.dtype,
+    shape: tuple[int, ...], window: Window, chunk: int, launches: int, dtype: torch.dtype,
     device: torch.device, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Each adds to those before it."""
@@ -147,7 +148,7 @@ def test_many_rows_in_several_launches(
 
     launch = kernel._accumulate_hessian_kernel
     monkeypatch.setattr(kernel, "_accumulate_hessian_kernel", Counted())
-    monkeypatch.setattr(kernel, "CHUNK", 16)
+    monkeypatch.setattr(kernel, "CHUNK", chunk)
     actual, expected = sums(integers(shape, device), window, dtype)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     assert len(seen) == launches

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sapq_triton import QuantSpec, ops, solve
 from sapq_triton.hessian import HessianSum
+from sapq_triton.solver import _finite
 from sapq_triton.window import Window
 
 ROOT = Path(__file__).parents[1]
@@ -413,3 +414,12 @@ except ValueError as error:
     assert done.returncode == 0, done.stderr
     assert 'backend "triton" cannot run on a cpu tensor' in done.stdout
     assert "TRITON_INTERPRET=1" in done.stdout
+
+
+def test_what_is_finite() -> None:
+    largest = torch.finfo(torch.float32).max
+    rows = torch.tensor([
+        [0.0, 1.0], [largest, -largest], [torch.nan, 1.0], [torch.inf, 1.0], [-torch.inf, 1.0],
+        [torch.inf, -torch.inf], [torch.inf, torch.inf], [-torch.inf, torch.nan],
+    ])  # fmt: skip
+    assert _finite(rows[:, :, None]).tolist() == [True, True] + 6 * [False]
