@@ -5,7 +5,8 @@
     python -m benchmarks.accuracy.mixed smollm2 --wikitext wiki.test.raw --group-size 64
 
 lite0 and yolov5n: data and models as in the modules of that name; each seed shuffles the images,
-`--calibration` of them calibrate and all others evaluate. smollm2: half of `--calibration`
+`--calibration` of them calibrate and all others evaluate. output, of yolov5n: relative squared change
+of objectness and class scores. smollm2: half of `--calibration`
 sequences of 512 tokens from later WikiText-2, half from `pydoc_data.topics`, chosen by the seed;
 the first `--sequences` of 1024 tokens of WikiText-2 evaluate.
 
@@ -112,18 +113,27 @@ def yolov5n(options: argparse.Namespace) -> Callable[[int], Trial]:
         boxes, scores = each(batch).tensor_split([4], -1)
         return torch.cat((boxes / SIDE, scores), -1)
 
+    @torch.inference_mode()
+    def scores(each: nn.Module, images: list[Tensor]) -> Tensor:
+        """Of objects and classes, of every box: [images, boxes, scores]"""
+        return torch.cat([each(batch)[..., 4:] for batch in images])
+
     def trial(seed: int) -> Trial:
         split = Split.of(len(examples), options.calibration, seed)
         held_out = [examples[i] for i in split.evaluation]
         objects = [example.objects for example in held_out]
         was = evaluate([before[i] for i in split.evaluation], objects)
+        images = batches(held_out)
+        original = scores(model, images)
 
         def quality(quantized: nn.Module) -> dict[str, float]:
             now = evaluate(detect(quantized, held_out), objects)
+            change = (scores(quantized, images) - original).square().sum((1, 2))
             return {
                 "mAP50": now.map50,
                 "mAP50-95": now.map50_95,
                 "change": now.map50_95 - was.map50_95,
+                **with_error("output", change / original.square().sum((1, 2)).mean()),
             }
 
         inputs = batches([examples[i] for i in split.calibration])
