@@ -5,10 +5,10 @@
     python -m benchmarks.accuracy.mixed smollm2 --wikitext wiki.test.raw --group-size 64
 
 lite0 and yolov5n: data and models as in the modules of that name; each seed shuffles the images,
-`--calibration` of them calibrate and all others evaluate. output, of yolov5n: relative squared change
-of objectness and class scores. smollm2: half of `--calibration`
-sequences of 512 tokens from later WikiText-2, half from `pydoc_data.topics`, chosen by the seed;
-the first `--sequences` of 1024 tokens of WikiText-2 evaluate.
+`--calibration` of them calibrate and all others evaluate. output: relative squared change of
+objectness and class scores. smollm2: half of `--calibration` sequences of 512 tokens from later
+WikiText-2, half from `pydoc_data.topics`, chosen by the seed; the first `--sequences` of 1024
+tokens of WikiText-2 evaluate.
 
 `error_curves` holds a quarter of the calibration batches back; `quantize` then calibrates on all of
 them. The mean of bits is over the weights of the quantized layers. With --json every cell is
