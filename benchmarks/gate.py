@@ -3,9 +3,9 @@
     python -m benchmarks.gate --out benchmarks/results
 
 tests         those that run on a device, in processes of their own
-parity        solve on kernels against the reference path in each precision, and against a textbook
-              form in float64; in a static order every code must be the nearest one, given those
-              before it, but for close calls
+parity        solve on kernels against the reference path, small ones in each precision, and
+              against a textbook form in float64; in a static order every code must be the nearest
+              one, given those before it, but for close calls
 determinism   ten runs, bit for bit
 hessian       X^T X of the kernels against float64
 memory        peak extra memory of solve, at most 3 Hessians and 2 weights

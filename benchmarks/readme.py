@@ -92,28 +92,33 @@ def block(report: Result | None) -> str:
     if is_proof(report):
         text = f"On {device}:\n"
     else:
-        wrong = "".join(f"* {failure}\n" for failure in report["failures"])
+        wrong = "".join(f"* {failure}\n" for failure in report["failures"]) or "* nothing\n"
         text = (
-            "**No whole gate has passed on a GPU yet**, and later commits than this one are not "
-            f"measured.\nA part of it on {device}\nfound wrong:\n\n{wrong}\nand took these times. "
+            "**No whole gate has passed on a GPU yet.** A part of one ran, later commits are not "
+            f"measured.\nOn {device}\nit found wrong:\n\n{wrong}\nand took these times. "
         )
     text += (
         "4 bits, medians. Solves are without the error of their result, their Hessian given,\n"
         "factorization included. Ceilings were measured in the same run.\n\n"
     )
     text += solves(stages["solve_times"]) + "\n\n"
-    text += markdown(("what", "order, dtype", "time", "rate", "of the ceiling"), lines(stages))
-    text += "\n\n"
+    if others := list(lines(stages)):
+        text += markdown(("what", "order, dtype", "time", "rate", "of the ceiling"), others)
+        text += "\n\n"
+    last = []
     for row in stages.get("obq_times", ())[-1:]:
         if row["shape"] == ["whole model"]:
-            text += (
+            last.append(
                 f"ResNet-50, all layers: {brief(row['SAPQ'])} against {brief(row['OBQ'])} of exact "
                 f"OBQ with delayed updates and {brief(row['literal'])} of its literal form, both on"
                 f"\nsampled rows and scaled: {row['OBQ / SAPQ']:.0f} and "
-                f"{row['literal / SAPQ']:.0f} times as fast (the paper: {row['paper']}). "
+                f"{row['literal / SAPQ']:.0f} times as fast (the paper: {row['paper']})."
             )
-    most = max(row["of 3 H + 2 W"] for row in stages["memory"])
-    return text + f"Peak extra memory of a solve: {most:.0%} of 3 Hessians and 2 weights at most.\n"
+    if extra := [row["of 3 H + 2 W"] for row in stages.get("memory", ())]:
+        last.append(
+            f"Peak extra memory of a solve: {max(extra):.0%} of 3 Hessians and 2 weights at most."
+        )
+    return text.rstrip() + "\n" + (f"\n{' '.join(last)}\n" if last else "")
 
 
 def blocks(results: Path) -> dict[str, str]:

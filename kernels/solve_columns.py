@@ -9,12 +9,12 @@ PRECISION is not "ieee", its products beyond the SUB columns at hand: the codes 
 every sum is exact, and otherwise unless w' / scale lies within the error of that sum from a tie.
 
 Rows never meet, so that one launch does SPAN columns: a program owns BLOCK_R rows. The sum over
-earlier columns is a matrix product at three distances: of all columns before the span, where the
-library's is the fastest; of those before the tile; and of those between the start of the tile and
-the SUB columns at hand. A product in the kernel spreads its elements over
-threads; through `exchange` they come to where a thread owns a whole row, with SUB columns in
-registers as a tuple of row vectors and scalar loads of the feedback: no shuffle and no barrier from
-one column to the next. `error` holds w' of a column until its error takes that place.
+earlier columns is a matrix product at three distances: of all columns before the span, by PyTorch,
+which is faster, and may sum otherwise for another number of rows; of those before the tile; and of
+those between the start of the tile and the SUB columns at hand. A product in the kernel spreads its
+elements over threads; through `exchange` they come to where a thread owns a whole row, with SUB
+columns in registers as a tuple of row vectors and scalar loads of the feedback: no shuffle and no
+barrier from one column to the next. `error` holds w' of a column until its error takes that place.
 """
 
 import torch
@@ -203,9 +203,20 @@ def solve_columns(
 
 
 def _solve_span(
-    weight, running, feedback, scale, zero_point, group, qmax, precision, pruned, codes, error
-) -> None:  # fmt: skip
-    """One launch: the arguments of `solve_columns`, and what it fills."""
+    weight: Tensor,
+    running: Tensor,
+    feedback: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor,
+    qmax,
+    precision: str,
+    pruned: Tensor | None,
+    codes: Tensor,
+    error: Tensor,
+) -> None:
+    """One launch: the arguments of `solve_columns`, and codes [B, R, C] and error [B, R, C], which
+    it fills"""
     B, R, C = weight.shape
     zeros = codes if pruned is None else pruned.view(torch.uint8)
     blocks = parameters("solve_columns", weight.device, precision)

@@ -273,7 +273,7 @@ def ldl(
 def _reverse_(lines: Tensor) -> None:
     """lines [B, N], each backwards, in place: a matrix so stored is flipped in both dimensions"""
     N = lines.shape[1]
-    step = max(1, N // 64, PANEL**2)
+    step = max(1, N // 64, PANEL**2)  # elements: few steps, and little memory beside a large matrix
     for start in range(0, N // 2, step):
         end = min(start + step, N // 2)
         front, back = lines[:, start:end], lines[:, N - end : N - start]

@@ -126,7 +126,8 @@ def quantize(
         call with the same arguments, on a device of its own, and gets the same model and report.
         Each runs its part of the batches; sums, and what they find on the way, are put together.
     deterministic: sum each batch apart, and add the sums in the order of the batches: the bits of
-        the result do not depend on the number of processes. Takes memory for a Hessian per batch.
+        the result do not depend on the number of processes, on GPUs as far as PyTorch's products do
+        not depend on the number of rows, which was not tried. Takes memory for a Hessian per batch.
         Else each process sums its batches, and sums are added by rank.
     progress: a bar of tqdm on stderr; some lines where tqdm is not installed, or nobody watches. Or
         a function to call with the name of each layer that is done.

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -319,7 +320,10 @@ def test_gptq_config(tmp_path: Path) -> None:
     alone = json.loads((tmp_path / "net" / "quantize_config.json").read_text())
     assert config == alone
     quantizer = config.pop("meta")["quantizer"]
-    assert quantizer[0].startswith("sapq-triton")  # with the version, unless it is a mere checkout
+    try:
+        assert quantizer[0] == f"sapq-triton:{version('sapq-triton')}"
+    except PackageNotFoundError:  # a mere checkout
+        assert quantizer[0] == "sapq-triton"
     assert config == {
         "quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False,
         "lm_head": False, "checkpoint_format": "gptq", "pack_dtype": "int32",
@@ -840,8 +844,6 @@ def test_a_group_index_without_an_axis(gptq: Path) -> None:
         ({"hidden_size": 2**20}, "weights, and the files hold"),
         ({"hidden_size": None}, "describes no model that transformers can build: .*hidden_size"),
         ({"hidden_act": "SILU"}, "describes no model that transformers can build: KeyError"),
-        # transformers 5.17 looks at the type itself
-        ({"architectures": [[]]}, "names architecture|describes no model"),
     ],
 )
 def test_configurations_of_others(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -851,6 +853,17 @@ def test_configurations_of_others(tmp_path: Path, changes: dict[str, Any], messa
     (tmp_path / "net" / "sapq.json").unlink()
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "net")
+
+
+def test_an_architecture_that_is_no_name(tmp_path: Path) -> None:
+    """transformers 5.17 looks at types itself, and 5.23 does not."""
+    transformers = pytest.importorskip("transformers")
+    message = "names architecture"
+    try:
+        transformers.LlamaConfig(architectures=[[]])
+    except Exception:  # of a class of huggingface_hub
+        message = "describes no model that transformers can build"
+    test_configurations_of_others(tmp_path, {"architectures": [[]]}, message)
 
 
 def llama_with_codes() -> nn.Module:

@@ -59,6 +59,9 @@ def test_cells_are_measured_once(
         assert "±" in line
     with pytest.raises(SystemExit, match="was measured with"):
         mixed.main(arguments(path, "--mean-bits", "3"))
+    monkeypatch.setattr(mixed, "choose", lambda preset: {"starts": 99})
+    with pytest.raises(SystemExit, match="was measured with"):
+        mixed.main(arguments(path, "--scores", "fisher"))
 
 
 def test_mean_of_bits_and_noise_of_one_seed(

@@ -76,14 +76,22 @@ def test_only_times_of_a_gpu_count(changes: dict[str, Any], tmp_path: Path) -> N
 def test_what_is_no_whole_gate_says_so(missing: str, tmp_path: Path) -> None:
     """And stands behind every one that is."""
     wrong = {missing: False, "failures": ["hessian: off"], "environment": {"date": "2026-03-01"}}
-    part = readme.newest(tmp_path) or gate(tmp_path, "Part", **wrong)
+    part = gate(tmp_path, "Part", **wrong)
     assert readme.newest(tmp_path) == part
     text = readme.block(part)
-    assert text.startswith("**No whole gate has passed on a GPU yet**, and later commits than this")
-    assert "A part of it on one Part (commit 0123abc" in text and "\n* hessian: off\n" in text
+    assert text.startswith("**No whole gate has passed on a GPU yet.** A part of one ran, later")
+    assert "\nOn one Part (commit 0123abc" in text and "\n* hessian: off\n" in text
     whole = gate(tmp_path, "Whole", failures=[])
     assert readme.newest(tmp_path) == whole
     assert readme.block(whole).startswith("On one Whole (commit 0123abc")
+
+
+def test_a_part_may_hold_nothing_but_solves(tmp_path: Path) -> None:
+    whole = gate(tmp_path, "Part", whole=False, failures=[])
+    part = whole | {"stages": {"solve_times": whole["stages"]["solve_times"]}}
+    text = readme.block(part)
+    assert "it found wrong:\n\n* nothing\n\n" in text
+    assert text.endswith("| solve 4096×4096, groups of 128 | 2.5 ms |\n")
 
 
 def test_markers_are_needed() -> None:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from benchmarks.measure import environment, markdown
 from sapq_triton import ErrorCurves, QuantSpec, allocate, error_curves, quantize
 from sapq_triton.curves import BITS, Score
+from sapq_triton.preset import choose
 
 UNIFORM, ERROR = "uniform", ", standard error"
 SCORES: tuple[Score, ...] = get_args(Score)
@@ -208,6 +209,7 @@ def run(options: argparse.Namespace, trials: Callable[[int], Trial]) -> dict[str
         "symmetric": options.symmetric,
         "calibration": options.calibration,
         "samples": options.samples,
+        "options": choose("best"),  # those of `quantize`, which may have others tomorrow
         "data": {
             name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
             for name in ("images", "weights", "wikitext")
